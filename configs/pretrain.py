@@ -1,0 +1,181 @@
+"""Recipes for pre-training a masked autoencoder (He et al. 2021, arXiv 2111.06377).
+
+    mae-jax pretrain --config=configs/pretrain.py:NAME --workdir=DIR [--config.GROUP.KEY=VALUE ...]
+
+NAME          data                      model, target                    cost
+digits        scikit-learn, 8x8         64x4, patch 2, pixels            1 minute on 2 cores
+fashion_mnist TFDS, 28x28               patch 4, normalised pixels       15 minutes on 2 cores
+cifar10       TFDS, 32x32               192x12, patch 4, norm. pixels    one GPU
+folder        any tree of image files   ViT-S/16 at 224, norm. pixels    one GPU or more
+vit_b16       ImageNet-1k (TFDS), 224   ViT-B/16, norm. pixels           the paper: 1600 epochs of batch 4096
+vit_l16       the same                  ViT-L/16                         on 128 TPU v3 cores, 42 hours (table 2)
+vit_h14       the same                  ViT-H/14
+
+NAME,tiny is the same recipe in seconds, to see that it runs: a small model, small synthetic images (digits keeps its
+own), two steps. Any setting can be changed on the command line, as in --config.mask.ratio=0.6.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from mae_jax.config import nearest
+from mae_jax.errors import ConfigError
+from mae_jax.model.vit import SIZES
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def get_config(spec: str = "digits") -> ConfigDict:
+    name, _, variant = spec.partition(",")
+    if name not in RECIPES:
+        raise ConfigError(f"--config: no recipe {name!r}; use one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+    config = RECIPES[name]()
+    if variant == "tiny":
+        shrink(config)
+    elif variant:
+        raise ConfigError(f"--config: no variant {variant!r} of {name}; there is only {name},tiny")
+    return config
+
+
+def paper() -> ConfigDict:
+    """What all recipes start from: ViT-B/16 on ImageNet as in the paper's table 8 and main_pretrain.py."""
+    config = ConfigDict()
+    config.seed = 0
+    config.dtype = "float32"  # of the computation; "bfloat16" on TPU and GPU. Parameters are float32
+    config.data = {
+        "source": "tfds",
+        "name": "imagenet2012",
+        "data_dir": "",
+        "path": "",
+        "split": "train",
+        "held_out": "validation",
+        "image_size": (224, 224),
+        "channels": 3,
+        "batch_size": 4096,
+        "augment": "random_resized_crop",
+        "scale": (0.2, 1.0),
+        "ratio": (3 / 4, 4 / 3),
+        "flip": True,
+    }
+    config.pixels = IMAGENET
+    config.mask = {"name": "random", "ratio": 0.75}
+    config.target = {"name": "normalized_pixels"}
+    config.encoder = {"patch_size": 16, "mlp_ratio": 4.0, **SIZES["B"]}
+    config.decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0}
+    config.optim = {
+        "name": "adamw",
+        "base_learning_rate": 1.5e-4,  # times batch_size / 256
+        "warmup_epochs": 40.0,
+        "weight_decay": 0.05,
+        "b1": 0.9,
+        "b2": 0.95,
+    }
+    config.train = {"steps": placeholder(int), "epochs": 1600.0}  # steps, where given, counts
+    config.log = {"every": 100}
+    config.eval = {"every": 3120, "images": 10_000}
+    config.pictures = {"every": 3120, "count": 8}
+    config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200}  # 312 steps an epoch
+    config.mesh = {"data": -1}
+    return config
+
+
+def vit_b16() -> ConfigDict:
+    """Result to expect (paper, table 3): 83.6 % on ImageNet-1k after fine-tuning."""
+    return paper()
+
+
+def vit_l16() -> ConfigDict:
+    """Result to expect (paper, table 3): 85.9 % on ImageNet-1k after fine-tuning."""
+    config = paper()
+    config.encoder.update(SIZES["L"])
+    return config
+
+
+def vit_h14() -> ConfigDict:
+    """Result to expect (paper, table 3): 86.9 % on ImageNet-1k after fine-tuning."""
+    config = paper()
+    config.encoder.update(SIZES["H"], patch_size=14)
+    return config
+
+
+def folder() -> ConfigDict:
+    """Your own images: set config.data.path. A tenth of them is held out; change split and held_out as you like."""
+    config = paper()
+    config.encoder.update(SIZES["S"])
+    config.decoder.update(width=256, depth=4, heads=8)
+    config.data.update(source="folder", name="", split="all[:90%]", held_out="all[90%:]", batch_size=64)
+    config.train.epochs = 400.0
+    config.log.every = 20
+    config.eval = {"every": 500, "images": 1000}
+    config.pictures.every = 500
+    config.checkpoint = {"every": 500, "keep": 3, "keep_every": 0}
+    return config
+
+
+def cifar10() -> ConfigDict:
+    """Small images on one GPU: 192x12 with patches of 4 pixels, so 64 a picture, as many as a ViT sees in 112 pixels."""
+    config = paper()
+    config.encoder.update(SIZES["Ti"], patch_size=4)
+    config.decoder.update(width=128, depth=2, heads=4)
+    config.data.update(name="cifar10", held_out="test", image_size=(32, 32), batch_size=1024)
+    config.pixels = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    config.train.epochs = 800.0
+    config.log.every = 48
+    config.eval = {"every": 480, "images": placeholder(int)}
+    config.pictures.every = 480
+    config.checkpoint = {"every": 480, "keep": 3, "keep_every": 0}
+    return config
+
+
+def fashion_mnist() -> ConfigDict:
+    """Ten kinds of clothing on a laptop; prepare the data with mae-jax prepare --config=configs/prepare.py."""
+    config = paper()
+    config.encoder.update(width=96, depth=4, heads=4, patch_size=4)
+    config.decoder.update(width=48, depth=1, heads=4)
+    config.data.update(
+        name="fashion_mnist", held_out="test", image_size=(28, 28), channels=1, batch_size=256, flip=False
+    )
+    config.data.augment = "none"
+    config.pixels = {"mean": (0.2860,), "std": (0.3530,)}
+    config.optim.update(base_learning_rate=1e-3, warmup_epochs=1.0)
+    config.train.epochs = 10.0
+    config.log.every = 20
+    config.eval = {"every": 234, "images": placeholder(int)}
+    config.pictures.every = 234
+    config.checkpoint = {"every": 234, "keep": 2, "keep_every": 0}
+    return config
+
+
+def digits() -> ConfigDict:
+    """The quickstart: 1438 handwritten digits of 8x8 pixels, 359 held out."""
+    config = paper()
+    config.encoder.update(width=64, depth=4, heads=4, patch_size=2)
+    config.decoder.update(width=64, depth=2, heads=4)
+    config.data.update(source="digits", name="", held_out="test", image_size=(8, 8), channels=1, batch_size=256)
+    config.data.update(augment="none", flip=False)
+    config.pixels = {"mean": (0.3053,), "std": (0.3760,)}
+    config.target.name = "pixels"
+    config.optim.update(base_learning_rate=2e-3, warmup_epochs=20.0)
+    config.train = {"steps": 1500, "epochs": placeholder(float)}
+    config.log.every = 50
+    config.eval = {"every": 250, "images": placeholder(int)}
+    config.pictures.every = 250
+    config.checkpoint = {"every": 250, "keep": 2, "keep_every": 0}
+    return config
+
+
+RECIPES = {f.__name__: f for f in (digits, fashion_mnist, cifar10, folder, vit_b16, vit_l16, vit_h14)}
+
+
+def shrink(config: ConfigDict) -> None:
+    """Make a recipe small enough to run in seconds, with every part of it still there."""
+    if config.data.source != "digits":
+        side = 4 * config.encoder.patch_size
+        config.data.update(source="synthetic", split="train", held_out="validation", image_size=(side, side))
+    config.data.batch_size = 8
+    config.encoder.update(width=32, depth=2, heads=2)
+    config.decoder.update(width=32, depth=1, heads=2)
+    config.train.steps = 2
+    config.log.every = 1
+    config.eval.images = 16
+    config.pictures.count = 4

@@ -1,0 +1,64 @@
+"""The command line: mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.group.key=value ...]"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from mae_jax.errors import ConfigError, UserError
+from mae_jax.jobs import JOBS
+
+USAGE = "usage: mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job. Returns the exit code: 0 done, 2 bad configuration or usage, others as in `errors`."""
+    # TensorFlow reads images here and should not talk about the rest
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        for problem in error.problems:
+            print(f"mae-jax: {problem}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, JOBS))
+        print(USAGE, "", "jobs:", *(f"  {name:{width}}  {what}" for name, what in JOBS.items()), sep="\n")
+        print("\nmae-jax JOB --help says what a job reads and writes.")
+        return 0
+    name, *arguments = argv
+    if name not in JOBS:
+        raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}")
+    job = import_module(f"mae_jax.jobs.{name}")
+    if "-h" in arguments or "--help" in arguments:
+        print(USAGE.replace("JOB", name), "", job.__doc__.strip(), sep="\n")
+        return 0
+
+    from mae_jax import config
+
+    flags = {"--config": None, "--workdir": None}
+    overrides = []
+    for argument in arguments:
+        flag, separator, value = argument.partition("=")
+        if flag in flags and separator and value:
+            flags[flag] = value
+        elif flag in flags:
+            raise ConfigError(f"{flag} has no value; write {flag}=...")
+        else:
+            overrides.append(argument)
+    for flag in ["--config"] + ["--workdir"] * job.WRITES_WORKDIR:
+        if not flags[flag]:
+            raise ConfigError(f"{flag} is missing; {USAGE.replace('JOB', name)}")
+    job.run(config.load(flags["--config"], overrides), Path(flags["--workdir"] or ".").expanduser())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Images, from files to sharded device arrays; the only code that knows TensorFlow."""

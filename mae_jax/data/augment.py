@@ -1,0 +1,101 @@
+"""From one encoded or raw image to the uint8 image the model is fed: decode, crop, resize, flip.
+
+All randomness is stateless, seeded by (seed, position): the same position of the same run always gives the same
+image, whatever was computed before it and on whichever host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from etils import epy
+
+with epy.lazy_imports():
+    import tensorflow as tf
+
+
+def decode(data, channels: int):
+    """Any file that TensorFlow can decode to uint8[h,w,C]: JPEG, PNG, GIF (its first frame), BMP, WebP.
+
+    The content decides, not the name. Transparency is dropped; C = 1 takes the luminance of ITU-R BT.601, as PIL does.
+    """
+    image = tf.io.decode_image(data, channels=3, expand_animations=False)
+    image.set_shape((None, None, 3))
+    if channels == 1:
+        parts = tf.unstack(tf.cast(image, tf.int32), axis=-1)
+        luminance = (299 * parts[0] + 587 * parts[1] + 114 * parts[2] + 500) // 1000
+        image = tf.cast(luminance, tf.uint8)[..., None]
+    return image
+
+
+def resize(image, size: Sequence[int]):
+    """Antialiased bicubic, as PIL and torchvision have it: uint8[h,w,C] to uint8[H,W,C]."""
+    image = tf.image.resize(image, size, method="bicubic", antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+
+
+def _resize_short_side(image, size: Sequence[int], margin: float):
+    """Resize so that the image just covers `margin` times `size`, keeping its shape."""
+    height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+    scale = tf.maximum(margin * size[0] / height, margin * size[1] / width)
+    covered = tf.stack([tf.round(height * scale), tf.round(width * scale)])
+    covered = tf.maximum(tf.cast(covered, tf.int32), tf.constant(size))
+    return tf.cond(tf.reduce_all(covered == tf.shape(image)[:2]), lambda: image, lambda: resize(image, covered))
+
+
+def centre_crop(image, size, seed, scale, ratio):
+    """No augmentation: the largest centred crop of the right shape, resized."""
+    image = _resize_short_side(image, size, margin=1.0)
+    top, left = tf.unstack((tf.shape(image)[:2] - tf.constant(size)) // 2)
+    return tf.image.crop_to_bounding_box(image, top, left, *size)
+
+
+def fixed_crop(image, size, seed, scale, ratio):
+    """A random crop of fixed size from the image resized to 8/7 of it (256 for 224): "crop, fixed size" in table 1e."""
+    image = _resize_short_side(image, size, margin=8 / 7)
+    return tf.image.stateless_random_crop(image, (*size, image.shape[-1]), seed=seed)
+
+
+def random_resized_crop(image, size, seed, scale, ratio):
+    """A crop of random area and aspect ratio, resized: torchvision's RandomResizedCrop, with its ten attempts.
+
+    `scale` is the range of the area as a share of the image's; `ratio` the range of width / height, log-uniform.
+    """
+    top, left, height, width = random_crop_box(tf.shape(image)[:2], seed, scale, ratio)
+    return resize(tf.image.crop_to_bounding_box(image, top, left, height, width), size)
+
+
+def random_crop_box(shape, seed, scale: Sequence[float], ratio: Sequence[float]):
+    """The crop (top, left, height, width) of `random_resized_crop` in an image of `shape` = (height, width).
+
+    The ten attempts are drawn at once and the first that fits is taken; if none fits, the largest centred crop
+    within `ratio`, as in torchvision.
+    """
+    high, wide = tf.unstack(tf.cast(shape, tf.float32))
+    draws = tf.random.stateless_uniform((4, 10), seed=seed)
+    area = high * wide * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    aspect = tf.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws[1])
+    widths, heights = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
+    fits = (widths >= 1) & (widths <= wide) & (heights >= 1) & (heights <= high)
+    i = tf.argmax(fits)
+    within = tf.clip_by_value(wide / high, ratio[0], ratio[1])
+    fallback_width = tf.minimum(wide, tf.round(high * within))
+    fallback_height = tf.minimum(high, tf.round(wide / within))
+    width = tf.maximum(tf.where(fits[i], widths[i], fallback_width), 1)
+    height = tf.maximum(tf.where(fits[i], heights[i], fallback_height), 1)
+    top = tf.where(fits[i], tf.floor(draws[2, i] * (high - height + 1)), tf.floor((high - height) / 2))
+    left = tf.where(fits[i], tf.floor(draws[3, i] * (wide - width + 1)), tf.floor((wide - width) / 2))
+    return [tf.cast(x, tf.int32) for x in (top, left, height, width)]
+
+
+# An augmentation is `f(image uint8[h,w,C], size, seed i64[2], scale, ratio) -> uint8[H,W,C]`.
+AUGMENTATIONS = {"none": centre_crop, "fixed_crop": fixed_crop, "random_resized_crop": random_resized_crop}
+
+
+def augment(image, seed, *, size, name: str, scale: Sequence[float], ratio: Sequence[float], flip: bool):
+    """The image as training sees it: uint8[h,w,C] to uint8[H,W,C], `size` = (H, W), `name` a row of `AUGMENTATIONS`."""
+    image = AUGMENTATIONS[name](image, size, seed, scale, ratio)
+    if flip:
+        image = tf.image.stateless_random_flip_left_right(image, seed=seed + 1)
+    return tf.ensure_shape(image, (*size, image.shape[-1]))

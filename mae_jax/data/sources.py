@@ -1,0 +1,200 @@
+"""Where images come from: a source is a count of examples and a way to read any of them by index."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epy
+
+from mae_jax.errors import ConfigError
+
+with epy.lazy_imports():
+    import tensorflow_datasets as tfds  # imports TensorFlow, which takes seconds
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Examples that can be read in any order.
+
+    Attributes:
+      size: number of examples.
+      read: indexes i64[n] -> (images, labels i64[n]). Images are uint8[n,h,w,C], or n encoded files as bytes. What
+        cannot be read comes as b"".
+      encoded: whether images are encoded files.
+      name: index -> what to call that example in a log.
+      channels: C where the source fixes it, else None.
+      labels: the names of the classes; empty where there are none, and labels are then -1.
+    """
+
+    size: int
+    read: Callable[[np.ndarray], tuple[Sequence, np.ndarray]]
+    encoded: bool
+    name: Callable[[int], str]
+    channels: int | None = None
+    labels: tuple[str, ...] = ()
+
+
+def subset(split: str, base_sizes: dict[str, int]) -> np.ndarray:
+    """The indexes that a split expression of TFDS means: "train", "train[:90%]", "test[100:200]".
+
+    Percentages are rounded down, so that [:90%] and [90%:] part a set between them.
+
+    >>> subset("all[80%:]", {"all": 12})
+    array([ 9, 10, 11])
+    """
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not match or match[1] not in base_sizes:
+        raise ConfigError(f"data: no split {split!r}; use one of {', '.join(base_sizes)}, or a slice such as [:90%]")
+    size = base_sizes[match[1]]
+
+    def bound(text):
+        return text and (size * int(text[:-1]) // 100 if text.endswith("%") else int(text))
+
+    return np.arange(size)[slice(bound(match[2]), bound(match[3]))]
+
+
+def in_memory(images: np.ndarray, labels: np.ndarray, split: str, names: Sequence[str]) -> Source:
+    """A source of images uint8[n,h,w,C] and labels i64[n]."""
+    return Source(
+        size=len(images),
+        read=lambda index: (images[index], labels[index]),
+        encoded=False,
+        name=lambda index: f"{split} image {index}",
+        channels=images.shape[-1],
+        labels=tuple(names),
+    )
+
+
+def digits(*, split: str, **_) -> Source:
+    """scikit-learn's 1797 handwritten digits of 8x8 pixels, in the package itself; every fifth one is for "test"."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images[..., None] * (255 / 16)).astype(np.uint8)
+    held_out = np.arange(len(images)) % 5 == 4
+    parts = {"train": np.flatnonzero(~held_out), "test": np.flatnonzero(held_out)}
+    base = split.split("[")[0]
+    index = subset(split, {name: len(part) for name, part in parts.items()})
+    index = parts[base][index]
+    return in_memory(images[index], data.target[index].astype(np.int64), split, [str(i) for i in range(10)])
+
+
+def synthetic(*, split: str, image_size: Sequence[int], channels: int, **_) -> Source:
+    """1024 images of smooth random colour, for trials without data: the same at every call."""
+    index = subset(split, {"train": 1024, "validation": 256, "test": 256, "all": 1024})
+    rng = np.random.default_rng(sum(map(ord, split.split("[")[0])))
+    coarse = rng.uniform(0, 255, (1024, 4, 4, channels))
+    rows, cols = (np.arange(size) * 4 // size for size in image_size)
+    images = coarse[index][:, rows][:, :, cols].astype(np.uint8)
+    labels = (coarse[index].mean(axis=(1, 2, 3)) > 127.5).astype(np.int64)
+    return in_memory(images, labels, split, ["dark", "light"])
+
+
+def folder(*, split: str, path: str, **_) -> Source:
+    """Every image file below `path`, at any depth. The first folder of a file's path is its label.
+
+    `path`/SPLIT is used where there is such a folder ("train", "val", ...); "all" is the whole tree. Files are
+    put in one fixed random order, so that slices such as "all[:95%]" are fair samples.
+    """
+    root = Path(path).expanduser()
+    if not path or not root.is_dir():
+        raise ConfigError(f"data.path: no folder {path!r}; set data.path to a folder of image files")
+    base = split.split("[")[0]
+    if base != "all" and (root / base).is_dir():
+        root = root / base
+    elif base != "all":
+        raise ConfigError(f"data.split: no folder {str(root / base)!r}; use 'all' or a slice of it for the whole tree")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not files:
+        raise ConfigError(f"data.path: no image file ({', '.join(sorted(EXTENSIONS))}) below {str(root)!r}")
+    index = np.random.default_rng(0).permutation(len(files))[subset(split, {base: len(files)})]
+    names = [file.relative_to(root).parts[0] if len(file.relative_to(root).parts) > 1 else "" for file in files]
+    classes = sorted(set(names))
+    if len(classes) < 2:
+        return image_files([files[i] for i in index])
+    return image_files([files[i] for i in index], np.array([classes.index(names[i]) for i in index]), classes)
+
+
+def files(*, path: str, **_) -> Source:
+    """The image files that `path` names: paths and patterns such as photos/*.jpg, separated by commas."""
+    found = []
+    for pattern in path.split(","):
+        matches = sorted(glob.glob(str(Path(pattern.strip()).expanduser()), recursive=True))
+        if not matches:
+            raise ConfigError(f"no image file {pattern.strip()!r}")
+        found += [Path(match) for match in matches if Path(match).is_file()]
+    return image_files(found)
+
+
+def image_files(paths: Sequence[Path], labels: np.ndarray | None = None, classes: Sequence[str] = ()) -> Source:
+    """The image files at the given paths, in that order."""
+    labels = np.full(len(paths), -1) if labels is None else labels
+
+    def read(index):
+        return [_bytes(paths[i]) for i in index], labels[index].astype(np.int64)
+
+    return Source(len(paths), read, True, lambda i: str(paths[i]), labels=tuple(classes))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def from_tfds(*, split: str, name: str, data_dir: str, **_) -> Source:
+    """A data set of TensorFlow Datasets, prepared as array_record: the format that can be read by index.
+
+    `split` is any expression of TFDS. The data set needs one feature of type Image; a `label` is used if there is one.
+    """
+    builder = tfds_builder(name, data_dir)
+    if not builder.is_prepared():
+        where = f" --config.data.data_dir={data_dir}" if data_dir else ""
+        raise ConfigError(
+            f"data.name: {name} is not prepared in {builder.data_path} as array_record; "
+            f"prepare it with: mae-jax prepare --config=configs/prepare.py:{name}{where}"
+        )
+    images = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    if len(images) != 1:
+        raise ConfigError(f"data.name: {name} has {len(images)} image features, not one; {builder.info.features}")
+    (image,) = images
+    try:
+        records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+    except ValueError as error:
+        known = ", ".join(builder.info.splits)
+        raise ConfigError(f"data.split: {name} has no split {split!r}; it has {known}, and slices of them") from error
+    features = dict(builder.info.features)
+    classes = tuple(features["label"].names) if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
+
+    def read(index):
+        examples = records.__getitems__(index.tolist())
+        return [e[image] for e in examples], np.array([e["label"] if classes else -1 for e in examples], np.int64)
+
+    return Source(len(records), read, True, lambda i: f"{name} {split} image {i}", labels=classes)
+
+
+def tfds_builder(name: str, data_dir: str):
+    """The TFDS builder of `name`, in `data_dir` (TFDS's own default if empty)."""
+    try:
+        return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ConfigError(f"data.name: TFDS has no data set {name!r}{_nearest(name)}") from error
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# A source is opened by `f(*, split, **settings) -> Source`; it takes what it needs of the settings of `data`.
+SOURCES = {"digits": digits, "tfds": from_tfds, "folder": folder, "files": files, "synthetic": synthetic}

@@ -1,0 +1,44 @@
+"""What a user did or met, in one line each: the exceptions that end a command without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One or more problems, each a line that says what is wrong, where, and what to do.
+
+    `exit_code` is what the command ends with, so that whatever restarts a job can tell whether a retry helps.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(UserError):
+    """Bad configuration or usage: the same command can never succeed."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """The data set cannot be read."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, unreadable or of another model."""
+
+    exit_code = 4
+
+
+class Interrupted(UserError):
+    """SIGTERM or Ctrl-C, after the state was saved."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -1,0 +1,351 @@
+"""Pre-train a masked autoencoder (He et al. 2021, sections 3 and 4).
+
+    mae-jax pretrain --config=configs/pretrain.py:digits --workdir=runs/digits
+
+Reads the data set that config.data names. Writes into the workdir:
+
+    config.json           the config, complete
+    metrics.jsonl         one JSON object a line: step, train/loss, eval/loss, ...; the same as tensorboard/
+    reconstructions/      step_N.png: original, masked, reconstruction, reconstruction with visible patches pasted in
+    checkpoints/STEP/     the train state and its config
+    summary.json          at the end: final metrics, steps, images seen, wall time, device, versions
+
+The same command again goes on from the newest checkpoint, to the same result as a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax.config import flatten, nearest, schema_problems, to_json
+from mae_jax.data.augment import AUGMENTATIONS
+from mae_jax.data.pipeline import Dataset
+from mae_jax.data.sources import SOURCES
+from mae_jax.errors import ConfigError
+from mae_jax.jobs import models, reconstruct
+from mae_jax.model import losses, masking, targets
+from mae_jax.model.mae import MAE, Decoder
+from mae_jax.model.patches import grid_of, normalize
+from mae_jax.model.targets import Target
+from mae_jax.model.vit import ViT
+from mae_jax.training import metrics, optim
+from mae_jax.training.checkpoint import Checkpoints
+from mae_jax.training.evaluate import weighted_means
+from mae_jax.training.loop import Hook, create_state, fit, make_train_step, total_steps
+from mae_jax.training.sharding import batch_sharding, make_mesh
+
+WRITES_WORKDIR = True
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Train as `config` says, or go on with what is in `workdir`."""
+    began = time.time()
+    data = check(config)
+    steps_per_epoch = data.open().size // data.batch_size
+    steps = total_steps(steps_per_epoch, **config.train)
+    compare_with_earlier_run(config, workdir)
+    checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
+    if (checkpoints.latest_step or 0) >= steps and (workdir / "summary.json").exists():
+        print(f"already complete: {workdir} has trained {checkpoints.latest_step} steps")
+        return
+    (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+
+    mesh = make_mesh(**config.mesh)
+    init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+    model, target = models.build(config)
+    tx, schedule = optim.make(data.batch_size, steps, steps_per_epoch, **config.optim)
+    abstract, new_state = create_state(lambda: models.init(model, config, init_key), tx, mesh)
+    print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
+    state = new_state() if checkpoints.latest_step is None else checkpoints.restore(abstract)
+    start = int(state.step)
+    print(f"{'resuming' if start else 'training'} from step {start} of {steps} on {mesh.size} device(s)", flush=True)
+
+    train_step = make_train_step(make_loss(model, target, config), tx, schedule, train_key, mesh)
+    batches = data.shuffled(config.seed, start, batch_sharding(mesh))
+    writer = metrics.Writer(workdir, start)
+    hooks = [
+        evaluation(model, target, config, data, mesh, eval_key, writer, **config.eval),
+        pictures(model, target, config, data, eval_key, writer, **config.pictures),
+        (checkpoints.every, checkpoints.save),
+    ]
+    progress = metrics.Progress(writer, steps, data.batch_size)
+    try:
+        fit(state, train_step, batches, steps, hooks, checkpoints.save, progress, **config.log)
+    finally:
+        checkpoints.close()
+        writer.close()
+    summarize(config, workdir, steps, time.time() - began)
+
+
+def hidden_patches(model: MAE, target: Target, config: ConfigDict, params, batch: dict, key: jax.Array):
+    """The path of an image: predictions f32[N,L-K,T] and targets f32[N,L-K,T] of the hidden patches, and the mask."""
+    images = normalize(batch["image"], **config.pixels)  # uint8 to f32[N,H,W,C]
+    grid = grid_of(images.shape[1:3], model.encoder.patch_size)
+    mask = masking.sample(key, len(images), grid, **config.mask)  # K of L patches stay visible
+    pred = model.apply({"params": params}, images, mask)  # [N,L-K,T]
+    want = masking.take(target.encode(images), mask.hidden)  # [N,L-K,T]
+    return pred, want, mask
+
+
+def make_loss(model: MAE, target: Target, config: ConfigDict) -> Callable:
+    """The loss to minimise, `f(params, batch, key) -> f32[]`: the mean squared error on hidden patches."""
+
+    def loss_fn(params, batch, key):
+        pred, want, _ = hidden_patches(model, target, config, params, batch, key)
+        return losses.weighted_mean(losses.mse(pred, want), batch["weight"])
+
+    return loss_fn
+
+
+def evaluation(
+    model: MAE,
+    target: Target,
+    config: ConfigDict,
+    data: Dataset,
+    mesh: Mesh,
+    key: jax.Array,
+    writer: metrics.Writer,
+    *,
+    every: int,
+    images: int | None = None,
+) -> Hook:
+    """A hook that measures eval/loss on held-out images, always under the same masks.
+
+    eval/baseline_loss beside it is that of predicting each hidden patch by the mean, over the training images, of
+    the patches at its position: what can be had without looking at the visible patches.
+
+    Args:
+      every: steps between evaluations; 0: only at the end.
+      images: use only so many images of the held-out split, and of the training split for the baseline.
+    """
+    sharding = batch_sharding(mesh)
+
+    @jax.jit
+    def encode(_, batch, key):
+        return target.encode(normalize(batch["image"], **config.pixels))
+
+    @jax.jit
+    def measure(state, batch, key):
+        params, mean = state
+        pred, want, mask = hidden_patches(model, target, config, params, batch, key)
+        guess = masking.take(jnp.broadcast_to(mean, (len(want), *mean.shape)), mask.hidden)
+        return {"loss": losses.mse(pred, want), "baseline_loss": losses.mse(guess, want)}
+
+    plain = dataclasses.replace(data, augment="none", flip=False)
+    mean, _ = weighted_means(encode, None, plain.once(sharding, images), key)
+
+    def hook(state, step):
+        means, count = weighted_means(measure, (state.params, mean), data.held_out_set().once(sharding, images), key)
+        if count:
+            writer.scalars(step, {f"eval/{name}": float(value) for name, value in means.items()})
+            report = "  ".join(f"eval/{name} {value:.4f}" for name, value in means.items())
+            print(f"step {step}  {report}  on {count} held-out images", flush=True)
+
+    return every, hook
+
+
+def pictures(
+    model: MAE,
+    target: Target,
+    config: ConfigDict,
+    data: Dataset,
+    key: jax.Array,
+    writer: metrics.Writer,
+    *,
+    every: int,
+    count: int = 8,
+) -> Hook:
+    """A hook that draws the same `count` held-out images under the same masks, every `every` steps."""
+    images, _ = reconstruct.first_images(data.held_out_set(), count)
+    mask = reconstruct.sample_mask(config, key, len(images))
+    draw = reconstruct.make_panels(model, target, config)
+
+    def hook(state, step):
+        panels, _ = draw(state.params, images, mask)
+        writer.picture(step, "reconstructions", reconstruct.sheet(np.asarray(panels)))
+
+    return every, hook
+
+
+# Each group of the config is splatted into one function, whose keyword-only parameters are its keys.
+SCHEMA = {
+    "data": Dataset,
+    "pixels": normalize,
+    "mask": masking.sample,
+    "target": targets.make,
+    "encoder": ViT,
+    "decoder": Decoder,
+    "optim": optim.make,
+    "train": total_steps,
+    "log": fit,
+    "eval": evaluation,
+    "pictures": pictures,
+    "checkpoint": Checkpoints,
+    "mesh": make_mesh,
+}
+VALUES = {"seed": int, "dtype": str}
+
+
+def check(config: ConfigDict) -> Dataset:
+    """The training data that `config` describes, once nothing is wrong with it.
+
+    Raises:
+      ConfigError: with all problems found, before anything is compiled.
+    """
+    problems = schema_problems(config, SCHEMA, VALUES) or model_problems(config) + run_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    data = Dataset(**config.data)
+    for name, part in {"training": data, "held-out": data.held_out_set()}.items():
+        try:
+            size = part.open().size
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        least = data.batch_size if name == "training" else 1
+        if size < least:
+            problems.append(
+                f"config.data: the {name} split {part.split!r} has {size} images, fewer than "
+                + (f"data.batch_size {least}" if name == "training" else "one")
+            )
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    return data
+
+
+def model_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with the model's numbers, one line each."""
+    data, encoder, decoder = config.data, config.encoder, config.decoder
+    problems = unknown_names(
+        {
+            "config.mask.name": (config.mask.get("name", "random"), masking.SAMPLERS),
+            "config.target.name": (config.target.name, targets.TARGETS),
+            "config.dtype": (config.dtype, ("float32", "bfloat16")),
+        }
+    )
+    patch = encoder.patch_size
+    if len(data.image_size) != 2 or min(data.image_size) < 1 or patch < 1 or any(s % patch for s in data.image_size):
+        problems.append(
+            f"config.data.image_size: {tuple(data.image_size)} is not (height, width), both divisible by "
+            f"config.encoder.patch_size {patch}"
+        )
+    else:
+        try:
+            rows, cols = grid_of(data.image_size, patch)
+            masking.visible_count(rows * cols, config.mask.get("ratio", 0.75))
+        except ValueError as error:
+            problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some")
+    for group, part in {"encoder": encoder, "decoder": decoder}.items():
+        least = 1 if group == "encoder" else 0
+        if part.width < 4 or part.width % 4 or part.heads < 1 or part.width % part.heads:
+            problems.append(
+                f"config.{group}.width: {part.width} is not divisible by 4 (for its positions) and by "
+                f"config.{group}.heads {part.heads}"
+            )
+        if part.depth < least or part.get("mlp_ratio", 4.0) <= 0:
+            problems.append(f"config.{group}: depth must be at least {least} and mlp_ratio above 0")
+    return problems
+
+
+def run_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with the data's and the run's numbers, one line each."""
+    data, train = config.data, config.train
+    problems = unknown_names(
+        {
+            "config.data.source": (data.source, SOURCES),
+            "config.data.augment": (data.get("augment", "none"), AUGMENTATIONS),
+            "config.optim.name": (config.optim.get("name", "adamw"), optim.OPTIMIZERS),
+        }
+    )
+    if data.source in ("folder", "tfds") and data.get("channels", 3) not in (1, 3):
+        problems.append(f"config.data.channels: image files are read as 1 or 3 channels, not {data.channels}")
+    for key in ("mean", "std"):
+        if len(config.pixels[key]) != data.get("channels", 3) or (key == "std" and min(config.pixels.std) <= 0):
+            problems.append(
+                f"config.pixels.{key}: {tuple(config.pixels[key])} is not one number{' above 0' * (key == 'std')} for "
+                f"each of config.data.channels {data.get('channels', 3)}"
+            )
+    devices = jax.device_count()
+    used = devices if config.mesh.get("data", -1) == -1 else config.mesh.data
+    if not 1 <= used <= devices:
+        problems.append(f"config.mesh.data: {used} is not between 1 and the {devices} device(s) there are, nor -1 for all")
+    elif data.batch_size < 1 or data.batch_size % used:
+        problems.append(f"config.data.batch_size: {data.batch_size} does not divide among {used} devices")
+    for key in ("scale", "ratio"):
+        bounds = data.get(key, (1.0, 1.0))
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] or (key == "scale" and bounds[1] > 1):
+            problems.append(f"config.data.{key}: {tuple(bounds)} is not a range (low, high) above 0")
+    if (train.get("steps") or train.get("epochs") or 0) <= 0:
+        problems.append("config.train: neither steps nor epochs is above 0")
+    for group, key, least in (("log", "every", 1), ("eval", "every", 0), ("pictures", "every", 0), ("pictures", "count", 1),
+                              ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("checkpoint", "keep_every", 0)):
+        if config[group].get(key, least) < least:
+            problems.append(f"config.{group}.{key}: {config[group][key]} is below {least}")
+    return problems
+
+
+def unknown_names(choices: dict[str, tuple[str, Iterable[str]]]) -> list[str]:
+    """A line for each {key: (word, table)} whose word is no row of its table."""
+    return [
+        f"{key}: no {word!r}; use one of {', '.join(table)}{nearest(word, table)}"
+        for key, (word, table) in choices.items()
+        if word not in table
+    ]
+
+
+def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
+    """Make sure that what is in `workdir` can go on as `config` says; print what is different but may be.
+
+    Raises:
+      ConfigError: the model, the order of the data or the randomness would be another.
+    """
+    path = workdir / "config.json"
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "checkpoints").exists() or not path.exists():
+        return
+    fixed = ("encoder.", "decoder.", "target.", "pixels.", "data.image_size", "data.channels", "data.batch_size", "seed")
+    before, now = flatten(json.loads(path.read_text())), flatten(to_json(config))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    told = {key: f"config.{key}: {before.get(key)} in {path}, now {now.get(key)}" for key in changed}
+    refused = [f"{told[key]}; use a new --workdir" for key in changed if key.startswith(fixed)]
+    if refused:
+        raise ConfigError(refused)
+    for line in told.values():
+        print(f"changed: {line}")
+
+
+def summarize(config: ConfigDict, workdir: Path, steps: int, seconds: float) -> None:
+    """Write summary.json and say where everything is."""
+    final = {}
+    for line in metrics.read(workdir / "metrics.jsonl"):
+        final.update(line)
+    final.pop("step", None)
+    summary = {
+        "job": "pretrain",
+        "steps": steps,
+        "images_seen": steps * config.data.batch_size,
+        "wall_time_seconds": round(seconds, 1),
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
+        "metrics": final,
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if "eval/loss" in final:
+        loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
+        print(f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of predicting position means")
+    print(f"picture     {workdir}/reconstructions/step_{steps}.png")
+    print(f"metrics     {workdir}/metrics.jsonl, {workdir}/summary.json; tensorboard --logdir {workdir}")
+    print(f"checkpoint  {workdir}/checkpoints/{steps}")

@@ -1,0 +1,93 @@
+"""The transformer block of ViT (Dosovitskiy et al. 2021, arXiv 2010.11929), as timm and the original MAE have it.
+
+Parameters are float32; `dtype` is what the matrix products compute in. LayerNorm statistics and the softmax are
+always float32.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+EPSILON = 1e-6  # of LayerNorm, as in the original code; flax has the same default, PyTorch has not
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias over the last axis; xavier-uniform kernel, zero bias."""
+
+    features: int
+    dtype: str = "float32"
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over the last axis, epsilon 1e-6, with scale and bias."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + EPSILON) * scale + bias).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. Queries come from the tokens from `first` on, keys and values from all.
+
+    qkv is one [D,3D] matrix, so that xavier-uniform has the limit sqrt(6/(4D)) of the original.
+    """
+
+    heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
+        n, tokens, width = x.shape
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(n, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [N,heads,tokens,D/heads]
+        scores = q[:, :, first:] @ k.swapaxes(2, 3) * (width // self.heads) ** -0.5
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(self.dtype)
+        x = (weights @ v).transpose(0, 2, 1, 3).reshape(n, tokens - first, width)
+        return Dense(width, self.dtype, name="out")(x)
+
+
+class MLP(nn.Module):
+    """Two layers with the exact (erf) GELU between; flax's default would be the tanh approximation."""
+
+    hidden: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        x = Dense(self.hidden, self.dtype, name="in")(x)
+        return Dense(width, self.dtype, name="out")(jax.nn.gelu(x, approximate=False))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. Only the tokens from `first` on are computed: [N,M,D] -> [N,M-first,D]."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
+        attended = Attention(self.heads, self.dtype, name="attention")(
+            LayerNorm(self.dtype, name="attention_norm")(x), first
+        )
+        x = x[:, first:] + attended
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        return x + MLP(hidden, self.dtype, name="mlp")(LayerNorm(self.dtype, name="mlp_norm")(x))

@@ -1,0 +1,69 @@
+"""The one encoder: a Vision Transformer that sees all patches, or only the visible ones."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mae_jax.model.layers import Block, Dense, LayerNorm
+from mae_jax.model.masking import take
+from mae_jax.model.patches import grid_of, patchify, sincos_positions
+
+# Width, depth and heads by name (Dosovitskiy et al. 2021, table 1; Ti and S from DeiT, arXiv 2012.12877).
+SIZES = {
+    "Ti": {"width": 192, "depth": 12, "heads": 3},
+    "S": {"width": 384, "depth": 12, "heads": 6},
+    "B": {"width": 768, "depth": 12, "heads": 12},
+    "L": {"width": 1024, "depth": 24, "heads": 16},
+    "H": {"width": 1280, "depth": 32, "heads": 16},
+}
+
+
+def torch_bias(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch gives a convolution's bias, and the original code keeps."""
+    limit = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+class ViT(nn.Module):
+    """Patch embedding, fixed sine-cosine positions, a cls token, `depth` blocks and a final norm.
+
+    The masked and the whole image take the same path: pre-training passes `visible`, everything else does not.
+
+    Attributes:
+      patch_size: P, pixels a side.
+      width: D, divisible by `heads` and by 4.
+      depth: number of transformer blocks.
+      heads: attention heads per block.
+      mlp_ratio: hidden width of each block's MLP, in units of D.
+      dtype: what to compute in, "float32" or "bfloat16"; parameters are float32.
+    """
+
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, images: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+        """Encode images f32[N,H,W,C] (already normalised), or only their patches `visible` i32[N,K].
+
+        Returns:
+          dtype[N,1+K,D]: the cls token, then the tokens of the visible patches in the order of `visible`;
+          of all L patches, row by row, when `visible` is None.
+        """
+        x = patchify(images, self.patch_size)  # [N,L,P*P*C]
+        positions = jnp.asarray(sincos_positions(grid_of(images.shape[1:3], self.patch_size), self.width))
+        if visible is not None:  # cut before embedding: hidden pixels are never read
+            x = take(x, visible)  # [N,K,P*P*C]
+            positions = positions[visible]  # [N,K,D]
+        x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
+        x = x + positions.astype(x.dtype)
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))  # its position is zero
+        x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1)
+        for i in range(self.depth):
+            x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(x)
+        return LayerNorm(self.dtype, name="norm")(x)

@@ -1,0 +1,1 @@
+"""The machinery: devices, optimiser, loop, checkpoints, metrics. Nothing here knows what a mask is."""

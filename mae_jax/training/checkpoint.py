@@ -1,0 +1,147 @@
+"""Checkpoints of the whole train state, written by Orbax; each carries the config that made it.
+
+    WORKDIR/config.json
+    WORKDIR/checkpoints/STEP/state/...           the State: step, params, opt_state
+    WORKDIR/checkpoints/STEP/config/config.json
+
+The step is also the position in the data, so nothing else needs saving.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from mae_jax.errors import CheckpointError
+
+FOLDER = "checkpoints"
+CONFIG = "config.json"
+
+
+def _manager(folder: Path, **options) -> ocp.CheckpointManager:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler(CONFIG)}
+    return ocp.CheckpointManager(
+        folder.absolute(), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saving goes on in the background while training does.
+
+    Args:
+      workdir: of the run.
+      config: the run's config as plain JSON, stored with each checkpoint.
+      every: steps between checkpoints; 0: only at the end. Read by the job.
+      keep: how many of the latest to keep.
+      keep_every: keep for good each that is at a multiple of this many steps; 0: none.
+    """
+
+    def __init__(self, workdir: Path, config: dict, *, every: int = 0, keep: int = 3, keep_every: int = 0):
+        self.config, self.every = config, every
+        policy = ocp.checkpoint_managers
+        kept = [policy.LatestN(keep)] + ([policy.EveryNSteps(keep_every)] if keep_every else [])
+        self._orbax = _manager(
+            workdir / FOLDER,
+            preservation_policy=policy.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, if there is one."""
+        return self._orbax.latest_step()
+
+    def save(self, state, step: int) -> None:
+        """Start to write `state` as the checkpoint of `step`, unless there is one."""
+        if step not in self._orbax.all_steps():
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
+            self._orbax.save(step, args=args, force=True)
+
+    def restore(self, abstract):
+        """The newest state, laid out as `abstract` (ShapeDtypeStructs with shardings) says.
+
+        Raises:
+          CheckpointError: names, shapes or dtypes differ; all differences are listed.
+        """
+        step = self.latest_step
+        _compare(self._orbax.item_metadata(step).state.tree, abstract, self._orbax.directory / str(step))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
+        return self._orbax.restore(step, args=ocp.args.Composite(state=args)).state
+
+    def close(self) -> None:
+        """Wait until what was saved is on disk."""
+        self._orbax.wait_until_finished()
+        self._orbax.close()
+
+
+def locate(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest one of a workdir.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = Path(path).expanduser()
+    if (path / "state").is_dir():
+        return path
+    folder = path if path.name == FOLDER else path / FOLDER
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "state").is_dir()]
+    if not steps:
+        raise CheckpointError(f"{path}: no checkpoint here; name a workdir of a run, or one of its checkpoints/STEP")
+    return folder / str(max(steps))
+
+
+def load_config(path: str | Path) -> dict:
+    """The config of the run that wrote the workdir or checkpoint at `path`."""
+    return json.loads((locate(path) / "config" / CONFIG).read_text())
+
+
+def load_params(path: str | Path, abstract: dict) -> dict:
+    """Only the parameters of the checkpoint at `path`, on the first local device.
+
+    Args:
+      path: a workdir or a checkpoint.
+      abstract: the tree to read, as ShapeDtypeStructs; it may be a part of what is stored.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or names, shapes or dtypes differ.
+    """
+    where = locate(path)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        _compare(checkpointer.metadata(where.absolute() / "state").item_metadata.tree, abstract, where, partly=True)
+        restored = checkpointer.restore(
+            where.absolute() / "state",
+            ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]
+
+
+def _compare(stored, wanted, where, partly: bool = False) -> None:
+    """Raise a CheckpointError that lists every leaf that is missing, unknown or of another shape or dtype.
+
+    Orbax itself restores a missing leaf as a ShapeDtypeStruct without a word.
+    """
+
+    def leaves(tree):
+        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in paths}
+
+    stored, wanted = leaves(stored), leaves(wanted)
+    problems = [f"{where}: no {name} {wanted[name]}" for name in wanted if name not in stored]
+    problems += [f"{where}: unknown {name} {stored[name]}" for name in stored if name not in wanted and not partly]
+    problems += [
+        f"{where}: {name} is {stored[name]}, not {wanted[name]}"
+        for name in wanted
+        if name in stored and stored[name] != wanted[name]
+    ]
+    if problems:
+        raise CheckpointError(problems)

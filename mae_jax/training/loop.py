@@ -1,0 +1,144 @@
+"""The one training loop, and the state it carries."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from mae_jax.errors import Interrupted
+from mae_jax.training.metrics import Progress
+from mae_jax.training.sharding import batch_sharding, state_sharding
+
+
+@struct.dataclass
+class State:
+    """All that a run carries from step to step. `step` counts the updates made, and so the batches taken."""
+
+    step: jax.Array  # i32[]
+    params: dict
+    opt_state: optax.OptState
+
+
+def total_steps(steps_per_epoch: int, *, steps: int | None = None, epochs: float | None = None) -> int:
+    """Length of a run: `steps` where given, else `epochs` of `steps_per_epoch`."""
+    return steps if steps is not None else round((epochs or 0) * steps_per_epoch)
+
+
+def create_state(init: Callable, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[State, Callable[[], State]]:
+    """Describe the first state, and how to make it.
+
+    Shapes first, then shardings, then arrays: nothing is ever whole on one device that the mesh says is split.
+
+    Args:
+      init: `f() -> params`.
+
+    Returns:
+      The state as `ShapeDtypeStruct`s that carry shardings, and a function that computes it.
+    """
+
+    def create():
+        params = init()
+        return State(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+    shapes = jax.eval_shape(create)
+    shardings = state_sharding(shapes, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return abstract, jax.jit(create, out_shardings=shardings)
+
+
+def make_train_step(
+    loss_fn: Callable, tx: optax.GradientTransformation, schedule: optax.Schedule, key: jax.Array, mesh: Mesh
+) -> Callable[[State, dict], tuple[State, dict]]:
+    """The jitted update: (state, batch) -> (new state, scalars). The old state's memory is reused.
+
+    Args:
+      loss_fn: `f(params, batch, key) -> loss f32[]`; `key` is `key` folded with the step, so that any step can be
+        replayed from its number and no key is ever stored.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: State, batch: dict):
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, jax.random.fold_in(key, state.step))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new_state = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        scalars = {"loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        return jax.lax.with_sharding_constraint(new_state, state_sharding(new_state, mesh)), scalars
+
+    return train_step
+
+
+# A hook is (every, f(state, step)): called at every multiple of `every` and at the last step; 0 is the last only.
+Hook = tuple[int, Callable[[State, int], None]]
+
+
+def fit(
+    state: State,
+    train_step: Callable[[State, dict], tuple[State, dict]],
+    batches: Iterator[dict],
+    steps: int,
+    hooks: Sequence[Hook],
+    save: Callable[[State, int], None],
+    progress: Progress,
+    *,
+    every: int = 10,
+) -> State:
+    """Train from `state.step` to `steps`.
+
+    The order is a contract: hooks see the state of step i, evaluation before saving; *then* batch i is taken. So a
+    checkpoint of step i has all metrics up to i before it, and the batch it goes on with is number i. A resumed run
+    does not call the hooks of its first step again.
+
+    Args:
+      batches: batch number `state.step`, and those after it.
+      save: called with the last state when a signal ends the run early.
+      progress: gets the scalars of every `every`-th step.
+
+    Raises:
+      Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
+    """
+    first = int(state.step)
+    with _Signals() as signals:
+        for step in range(first, steps + 1):
+            due = [hook for period, hook in hooks if step == steps or (period and step % period == 0)]
+            if due and (step > first or first == 0):
+                jax.block_until_ready(state)
+                with progress.paused():
+                    for hook in due:
+                        hook(state, step)
+            if step == steps:
+                break
+            if signals.received:
+                save(state, step)
+                raise Interrupted(signals.received, f"stopped at step {step}; the same command goes on from there")
+            with progress.waiting():
+                batch = next(batches)
+            state, scalars = train_step(state, batch)
+            if step == first:
+                progress.start(step + 1, jax.block_until_ready(scalars))
+            if (step + 1) % every == 0 or step + 1 == steps:
+                progress.log(step + 1, jax.device_get(scalars))
+    return state
+
+
+class _Signals:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, signum, frame):
+        self.received = signum
+        signal.signal(signum, self.before[signum])
+
+    def __exit__(self, *exc):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,116 @@
+"""Where numbers and pictures go: metrics.jsonl, TensorBoard, and a line of progress on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from etils import epy
+
+with epy.lazy_imports():
+    from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+
+class Writer:
+    """Scalars to WORKDIR/metrics.jsonl and TensorBoard, pictures to WORKDIR/reconstructions and TensorBoard.
+
+    A resumed run goes on after the step it resumes from: lines of later steps, written by a run that died before
+    its next checkpoint, are dropped, so that the file has neither gaps nor duplicates.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int = 0):
+        self.workdir = workdir
+        self.path = workdir / "metrics.jsonl"
+        kept = [line for line in read(self.path) if resume_step and line["step"] <= resume_step]
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        unfinished.replace(self.path)
+        self._file = self.path.open("a")
+        self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line {"step": step, name: number, ...}, on disk when this returns."""
+        numbers = {name: float(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        self._tensorboard.write_scalars(step, numbers)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> Path:
+        """WORKDIR/`name`/step_N.png and TensorBoard, from uint8[H,W,3]."""
+        from PIL import Image
+
+        path = self.workdir / name / f"step_{step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        self._tensorboard.write_images(step, {name: image[None]})
+        return path
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; none if there is no file. A last line cut short by a crash is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+class Progress:
+    """Tells how training goes: scalars with the speed beside them, and one line on the terminal.
+
+    Speed counts training steps alone: not compilation, not evaluation, not saving.
+    """
+
+    def __init__(self, writer: Writer, steps: int, batch_size: int):
+        self.writer, self.steps, self.batch_size = writer, steps, batch_size
+        self.began = time.perf_counter()
+        self.step = None
+
+    def start(self, step: int, scalars: Mapping) -> None:
+        """The first step is done, so all is compiled: time from here."""
+        print(f"first step after {time.perf_counter() - self.began:.1f} s", flush=True)
+        self._mark(step)
+
+    def _mark(self, step: int) -> None:
+        self.step, self.since, self.excluded, self.waited = step, time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs in here is not training."""
+        before = time.perf_counter()
+        yield
+        if self.step is not None:
+            self.excluded += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What runs in here waits for data."""
+        before = time.perf_counter()
+        yield
+        if self.step is not None:
+            self.waited += time.perf_counter() - before
+
+    def log(self, step: int, scalars: Mapping) -> None:
+        """Write train/NAME for each scalar, and the speed since the last call."""
+        numbers = {f"train/{name}": value for name, value in scalars.items()}
+        line = f"step {step:>{len(str(self.steps))}}/{self.steps} {step / self.steps:4.0%}"
+        line += f"  loss {float(scalars['loss']):.4f}"
+        seconds = time.perf_counter() - self.since - self.excluded
+        if step > self.step:
+            rate = (step - self.step) / seconds
+            numbers["train/images_per_second"] = rate * self.batch_size
+            numbers["perf/data_wait_fraction"] = self.waited / seconds
+            left = int((self.steps - step) / rate)
+            line += f"  {rate * self.batch_size:,.0f} images/s"
+            line += f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        print(line, flush=True)
+        self.writer.scalars(step, numbers)
+        self._mark(step)
