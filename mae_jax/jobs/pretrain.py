@@ -138,9 +138,9 @@ def evaluation(
 
     @jax.jit
     def measure(state, batch, key):
-        params, mean = state
+        params, mean = state  # mean: f32[L,T]
         pred, want, mask = hidden_patches(model, target, config, params, batch, key)
-        guess = masking.take(jnp.broadcast_to(mean, (len(want), *mean.shape)), mask.hidden)
+        guess = mean[mask.hidden]  # [N,L-K,T]
         return {"loss": losses.mse(pred, want), "baseline_loss": losses.mse(guess, want)}
 
     plain = dataclasses.replace(data, augment="none", flip=False)

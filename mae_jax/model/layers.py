@@ -24,7 +24,9 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        rows = rows @ kernel.astype(self.dtype) + bias[None].astype(self.dtype)
+        return rows.reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):
@@ -36,10 +38,11 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(axis=-1, keepdims=True)
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        centred = rows - rows.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + EPSILON) * scale + bias).astype(self.dtype)
+        rows = centred * jax.lax.rsqrt(variance + EPSILON) * scale[None] + bias[None]
+        return rows.astype(self.dtype).reshape(x.shape)
 
 
 class Attention(nn.Module):

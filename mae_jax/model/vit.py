@@ -56,10 +56,10 @@ class ViT(nn.Module):
           of all L patches, row by row, when `visible` is None.
         """
         x = patchify(images, self.patch_size)  # [N,L,P*P*C]
-        positions = jnp.asarray(sincos_positions(grid_of(images.shape[1:3], self.patch_size), self.width))
+        positions = jnp.asarray(sincos_positions(grid_of(images.shape[1:3], self.patch_size), self.width))[None]
         if visible is not None:  # cut before embedding: hidden pixels are never read
             x = take(x, visible)  # [N,K,P*P*C]
-            positions = positions[visible]  # [N,K,D]
+            positions = positions[0, visible]  # [N,K,D]
         x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
         x = x + positions.astype(x.dtype)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))  # its position is zero
