@@ -113,7 +113,7 @@ def folder() -> ConfigDict:
 
 
 def cifar10() -> ConfigDict:
-    """Small images on one GPU: 192x12 with patches of 4 pixels, so 64 a picture, as many as a ViT sees in 112 pixels."""
+    """Small images on one GPU: ViT-Ti with patches of 4 pixels, so 64 to a picture."""
     config = paper()
     config.encoder.update(SIZES["Ti"], patch_size=4)
     config.decoder.update(width=128, depth=2, heads=4)

@@ -1,4 +1,4 @@
-"""The command line: mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.group.key=value ...]"""
+"""The command line: `mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]`."""
 
 from __future__ import annotations
 

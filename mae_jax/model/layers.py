@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-6  # of LayerNorm, as in the original code; flax has the same default, PyTorch has not
+from mae_jax.model import ops
 
 
 class Dense(nn.Module):
@@ -25,7 +25,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        rows = rows @ kernel.astype(self.dtype) + bias[None].astype(self.dtype)
+        rows = ops.linear(rows, kernel.astype(self.dtype), bias.astype(self.dtype))
         return rows.reshape(*x.shape[:-1], self.features)
 
 
@@ -39,10 +39,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        centred = rows - rows.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        rows = centred * jax.lax.rsqrt(variance + EPSILON) * scale[None] + bias[None]
-        return rows.astype(self.dtype).reshape(x.shape)
+        return ops.layer_norm(rows, scale, bias).astype(self.dtype).reshape(x.shape)
 
 
 class Attention(nn.Module):
@@ -60,9 +57,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * width, self.dtype, name="qkv")(x)
         qkv = qkv.reshape(n, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [N,heads,tokens,D/heads]
-        scores = q[:, :, first:] @ k.swapaxes(2, 3) * (width // self.heads) ** -0.5
-        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(self.dtype)
-        x = (weights @ v).transpose(0, 2, 1, 3).reshape(n, tokens - first, width)
+        x = ops.attention(q[:, :, first:], k, v).transpose(0, 2, 1, 3).reshape(n, tokens - first, width)
         return Dense(width, self.dtype, name="out")(x)
 
 
@@ -76,7 +71,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         x = Dense(self.hidden, self.dtype, name="in")(x)
-        return Dense(width, self.dtype, name="out")(jax.nn.gelu(x, approximate=False))
+        return Dense(width, self.dtype, name="out")(ops.gelu(x))
 
 
 class Block(nn.Module):

@@ -17,4 +17,5 @@ def mse(pred: jax.Array, target: jax.Array) -> jax.Array:
 
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
     """Mean of f32[N] with weights f32[N], 0 where nothing weighs: a batch of unreadable images teaches nothing."""
-    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+    total = jnp.sum(weight)
+    return jnp.sum(values * weight) / jnp.where(total > 0, total, 1.0)

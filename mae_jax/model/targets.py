@@ -15,11 +15,10 @@ EPSILON = 1e-6  # of the variance, as in models_mae.py of the original code
 
 
 class Target(NamedTuple):
-    """encode: images f32[N,H,W,C] -> targets f32[N,L,T].
-    decode: predictions f32[N,L,T] and the true images -> images f32[N,H,W,C]."""
+    """Two functions on normalised images."""
 
-    encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array, jax.Array], jax.Array]
+    encode: Callable[[jax.Array], jax.Array]  # images f32[N,H,W,C] -> targets f32[N,L,T]
+    decode: Callable[[jax.Array, jax.Array], jax.Array]  # predictions f32[N,L,T], true images -> images f32[N,H,W,C]
 
 
 def pixels(patch_size: int) -> Target:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mae_jax.errors import Interrupted
 from mae_jax.training.metrics import Progress
-from mae_jax.training.sharding import batch_sharding, state_sharding
+from mae_jax.training.sharding import state_sharding
 
 
 @struct.dataclass
