@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         for problem in error.problems:
-            print(f"mae-jax: {problem}", file=sys.stderr)
+            print("mae-jax:", " ".join(problem.split()), file=sys.stderr)  # one line each, whatever was quoted
         return error.exit_code
 
 
@@ -35,7 +36,9 @@ def _run(argv: list[str]) -> int:
         return 0
     name, *arguments = argv
     if name not in JOBS:
-        raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}")
+        near = difflib.get_close_matches(name, JOBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{hint}")
     job = import_module(f"mae_jax.jobs.{name}")
     if "-h" in arguments or "--help" in arguments:
         print(USAGE.replace("JOB", name), "", job.__doc__.strip(), sep="\n")
@@ -56,7 +59,10 @@ def _run(argv: list[str]) -> int:
     for flag in ["--config"] + ["--workdir"] * job.WRITES_WORKDIR:
         if not flags[flag]:
             raise ConfigError(f"{flag} is missing; {USAGE.replace('JOB', name)}")
-    job.run(config.load(flags["--config"], overrides), Path(flags["--workdir"] or ".").expanduser())
+    workdir = Path(os.path.expanduser(flags["--workdir"] or "."))
+    if str(workdir).startswith("~"):
+        raise ConfigError(f"--workdir={workdir}: no such user")
+    job.run(config.load(flags["--config"], overrides), workdir)
     return 0
 
 

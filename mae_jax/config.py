@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
+import os
 import re
 import runpy
 import typing
@@ -20,15 +22,17 @@ from pathlib import Path
 import flax.linen as nn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import RequiredValueError
 
 from mae_jax.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
 GIVEN_TO_MODULES = {"parent", "name", "dtype", "target_width"}  # attributes of linen modules that jobs fill in
+UNSET = object()  # a required placeholder that has no value yet
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """"; did you mean X?" for the closest of `words`, or nothing."""
+    """ "; did you mean X?" for the closest of `words`, or nothing."""
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -39,39 +43,54 @@ def load(spec: str, arguments: Sequence[str] = ()) -> ConfigDict:
     A PATH that is not there but begins with configs/ is looked for among the recipes that come with the package.
 
     Raises:
-      ConfigError: no such file, recipe or key, or a value of the wrong type.
+      ConfigError: no such file or recipe; or no such keys, or values of the wrong type: then all of them are listed.
     """
     path, _, name = spec.partition(":")
     try:
-        make = runpy.run_path(str(_find(path)))["get_config"]
+        make = runpy.run_path(str(_find(path))).get("get_config")
+        if make is None:
+            raise ConfigError(f"--config={spec}: the file defines no function get_config")
         config = make(name) if name else make()
     except ConfigError:
         raise
-    except Exception as error:
-        raise ConfigError(f"--config={spec}: {_one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"--config={spec}: {type(error).__name__}: {_one_line(error)}") from error
+    if type(config) is not ConfigDict:
+        raise ConfigError(f"--config={spec}: get_config returns {type(config).__name__}, not ml_collections.ConfigDict")
+    problems = [problem for argument in arguments if (problem := _override(config, argument, spec))]
+    unset = [key for key, value in flatten(config).items() if value is UNSET]
+    problems += [f"config.{key}: {spec} leaves it to you; give --config.{key}=VALUE" for key in unset]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _override(config: ConfigDict, argument: str, spec: str) -> str | None:
+    """Change `config` as `argument` = "--config.GROUP.KEY=VALUE" says, or tell what is wrong with that."""
+    key = re.fullmatch(r"--config\.([\w.]+)(=.*)?", argument, re.DOTALL)
     known = flatten(config)
-    for argument in arguments:
-        key = re.fullmatch(r"--config\.([\w.]+)(=.*)?", argument, re.DOTALL)
-        if not key:
-            raise ConfigError(f"{argument}: not understood; settings are given as --config.GROUP.KEY=VALUE")
-        if key[1] not in known:
-            raise ConfigError(f"{argument}: no such key in {spec}{nearest(key[1], known)}")
-        if key[2] is None:
-            raise ConfigError(f"{argument}: has no value; write --config.{key[1]}=VALUE")
+    if not key:
+        return f"{argument}: not understood; settings are given as --config.GROUP.KEY=VALUE"
+    if any(other.startswith(key[1] + ".") for other in known):
+        return f"{argument}: config.{key[1]} is a group; set one of its keys: --config.{key[1]}.KEY=VALUE"
+    if key[1] not in known:
+        return f"{argument}: no such key in {spec}{nearest(key[1], known)}"
+    if key[2] is None:
+        return f"{argument}: has no value; write --config.{key[1]}=VALUE"
     values = flags.FlagValues()
-    argv = ["mae-jax", *arguments]
+    argv = ["mae-jax", argument]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except Exception as error:
-        raise ConfigError(_one_line(error).removeprefix("flag ")) from error
-    return config
+        return _one_line(error).removeprefix("flag ")
+    return None
 
 
 def _find(path: str) -> Path:
     """The file at `path`, or the recipe of that name that comes with the package, in a checkout or installed."""
     shipped = [PACKAGE / path, PACKAGE.parent / path] if path.startswith("configs/") else []
-    for candidate in (Path(path), *shipped):
+    for candidate in (Path(os.path.expanduser(path)), *shipped):
         if candidate.is_file():
             return candidate
     recipes = [f"configs/{p.name}" for root in {s.parent for s in shipped} for p in root.glob("*.py")]
@@ -82,11 +101,33 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def make_workdir(workdir: Path) -> None:
+    """Make the folder `workdir` unless it is there.
+
+    Raises:
+      ConfigError: it cannot be made or written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        writable = os.access(workdir, os.W_OK | os.X_OK)
+        reason = "it is not writable"
+    except OSError as error:
+        writable, reason = False, error.strerror
+    if not writable:
+        raise ConfigError(f"--workdir={workdir}: {reason}; name a folder that can be made and written to")
+
+
 def flatten(config: Mapping, prefix: str = "") -> dict:
-    """The leaves of a config by dotted path: {"mask.ratio": 0.75, ...}."""
+    """The leaves of a config by dotted path: {"mask.ratio": 0.75, ...}; `UNSET` for what must yet be given."""
     leaves = {}
-    for key, value in config.items():
-        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | ConfigDict) else {prefix + key: value}
+    for key in config:
+        try:
+            value = config[key]
+        except RequiredValueError:
+            value = UNSET
+        leaves |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | ConfigDict) else {prefix + key: value}
+        )
     return leaves
 
 
@@ -136,6 +177,8 @@ def _group_problems(group: str, settings: ConfigDict, function: Callable) -> lis
             problems.append(f"{where}: {_label(function)} has no such setting{nearest(key, parameters)}")
         elif not _is(settings[key], hints.get(key, typing.Any)):
             problems.append(f"{where}: {settings[key]!r} is not of type {_name(hints[key])}")
+        elif not _finite(settings[key]):
+            problems.append(f"{where}: {settings[key]!r} is not finite")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in settings:
             problems.append(f"config.{group}.{key}: missing; {_label(function)} needs it")
@@ -153,6 +196,13 @@ def _is(value, kind) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _finite(value) -> bool:
+    """Whether a number is neither NaN nor infinite; all of them, of a sequence."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _name(kind) -> str:

@@ -6,27 +6,43 @@ image, whatever was computed before it and on whichever host.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from etils import epy
+from PIL import Image
 
 with epy.lazy_imports():
     import tensorflow as tf
 
+LONGEST = 16  # a side, in units of what is needed of it, before it is cut
+
 
 def decode(data, channels: int):
-    """Any file that TensorFlow can decode to uint8[h,w,C]: JPEG, PNG, GIF (its first frame), BMP, WebP.
+    """Any image file to uint8[h,w,C]: JPEG, PNG, GIF, WebP, BMP and what else Pillow reads; of an animation, frame 0.
 
     The content decides, not the name. Transparency is dropped; C = 1 takes the luminance of ITU-R BT.601, as PIL does.
     """
-    image = tf.io.decode_image(data, channels=3, expand_animations=False)
-    image.set_shape((None, None, 3))
+    # TensorFlow is the faster, but refuses animated and transparent WebP, and gets BMPs with a palette wrong
+    tensorflows = tf.reduce_any(tf.strings.substr(data, 0, 3) == tf.constant([b"\xff\xd8\xff", b"\x89PN", b"GIF"]))
+    image = tf.cond(
+        tensorflows,
+        lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
+        lambda: tf.numpy_function(_decode_with_pillow, [data[None]], tf.uint8, stateful=False),
+    )
+    image = tf.ensure_shape(image, (None, None, 3))
     if channels == 1:
         parts = tf.unstack(tf.cast(image, tf.int32), axis=-1)
         luminance = (299 * parts[0] + 587 * parts[1] + 114 * parts[2] + 500) // 1000
         image = tf.cast(luminance, tf.uint8)[..., None]
     return image
+
+
+def _decode_with_pillow(data: np.ndarray) -> np.ndarray:
+    with Image.open(io.BytesIO(data[0])) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def resize(image, size: Sequence[int]):
@@ -36,9 +52,17 @@ def resize(image, size: Sequence[int]):
 
 
 def _resize_short_side(image, size: Sequence[int], margin: float):
-    """Resize so that the image just covers `margin` times `size`, keeping its shape."""
+    """Resize so that the image just covers `margin` times `size`, keeping its shape.
+
+    Of an image more than `LONGEST` times as long as that, the middle is taken: else a line of pixels fills the memory.
+    """
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     scale = tf.maximum(margin * size[0] / height, margin * size[1] / width)
+    height = tf.minimum(height, tf.math.ceil(LONGEST * margin * size[0] / scale))
+    width = tf.minimum(width, tf.math.ceil(LONGEST * margin * size[1] / scale))
+    kept = tf.stack([tf.cast(height, tf.int32), tf.cast(width, tf.int32)])
+    top, left = tf.unstack((tf.shape(image)[:2] - kept) // 2)
+    image = tf.image.crop_to_bounding_box(image, top, left, kept[0], kept[1])
     covered = tf.stack([tf.round(height * scale), tf.round(width * scale)])
     covered = tf.maximum(tf.cast(covered, tf.int32), tf.constant(size))
     return tf.cond(tf.reduce_all(covered == tf.shape(image)[:2]), lambda: image, lambda: resize(image, covered))

@@ -82,7 +82,9 @@ class Dataset:
             epoch = tf.cast(position // size, tf.uint32)
             seeds = tf.stack([tf.fill(tf.shape(epoch), tf.constant(seed, tf.uint32)), epoch, tf.zeros_like(epoch)], 1)
             return tf.raw_ops.RandomIndexShuffle(
-                index=position % size, seed=seeds, max_index=tf.fill(tf.shape(position), tf.constant(size - 1, tf.int64))
+                index=position % size,
+                seed=seeds,
+                max_index=tf.fill(tf.shape(position), tf.constant(size - 1, tf.int64)),
             )
 
         return self._batches(range(start, FOREVER), index_of, FOREVER, seed, sharding)
@@ -102,7 +104,10 @@ class Dataset:
             position = step * self.batch_size + offset + tf.range(share, dtype=tf.int64)
             index = index_of(position)
             image, label = tf.numpy_function(
-                lambda i: _read(source, i), [index], (tf.string if source.encoded else tf.uint8, tf.int64), stateful=False
+                lambda i: _read(source, i),
+                [index],
+                (tf.string if source.encoded else tf.uint8, tf.int64),
+                stateful=False,
             )
             image = tf.ensure_shape(image, (share,) if source.encoded else (share, None, None, self.channels))
             label = tf.cast(tf.ensure_shape(label, (share,)), tf.int32)
@@ -122,9 +127,7 @@ class Dataset:
             )
 
         def prepare_chunk(chunk):
-            image = tf.map_fn(
-                lambda x: prepare(*x), (chunk["image"], chunk["position"]), fn_output_signature=tf.uint8
-            )
+            image = tf.map_fn(lambda x: prepare(*x), (chunk["image"], chunk["position"]), fn_output_signature=tf.uint8)
             return {**chunk, "image": image, "readable": tf.ones_like(chunk["weight"], tf.bool)}
 
         def substitute(chunk):
@@ -147,7 +150,9 @@ class Dataset:
             .map(read, num_parallel_calls=2)
             .unbatch()
             .batch(CHUNK)
-            .interleave(lambda c: attempt(c, one_by_one), cycle_length=16, block_length=1, num_parallel_calls=tf.data.AUTOTUNE)
+            .interleave(
+                lambda c: attempt(c, one_by_one), cycle_length=16, block_length=1, num_parallel_calls=tf.data.AUTOTUNE
+            )
             .unbatch()
             .batch(share, drop_remainder=True)
             .prefetch(2)
@@ -155,9 +160,9 @@ class Dataset:
         options = tf.data.Options()
         options.deterministic = True
         for batch in batches.with_options(options).as_numpy_iterator():
-            for i in batch.pop("index")[~batch.pop("readable")]:
+            in_set = batch.pop("position") < end
+            for i in batch.pop("index")[~batch.pop("readable") & in_set]:
                 logging.warning("cannot read %s; it counts for nothing", source.name(int(i)))
-            batch.pop("position")
             yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 

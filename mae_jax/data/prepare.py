@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 from pathlib import Path
 
 from etils import epy
 
-from mae_jax.data.sources import tfds_builder
+from mae_jax.data.sources import is_prepared, tfds_builder
 from mae_jax.errors import ConfigError, DataError
 
 with epy.lazy_imports():
@@ -33,19 +34,21 @@ def prepare(*, name: str, data_dir: str = "", manual_dir: str = "") -> Path:
       DataError: the files are missing, or are not what TFDS expects.
     """
     builder = tfds_builder(name, data_dir)
-    if builder.is_prepared():
+    if is_prepared(builder):
         return Path(builder.data_path)
-    if manual_dir and not Path(manual_dir).expanduser().is_dir():
+    if manual_dir and not os.path.isdir(os.path.expanduser(manual_dir)):
         raise ConfigError(f"config.data.manual_dir: no folder {manual_dir!r}")
     with tempfile.TemporaryDirectory() as restored:
-        manual = Path(manual_dir).expanduser() if manual_dir else None
+        manual = Path(os.path.expanduser(manual_dir)) if manual_dir else None
         if name == "fashion_mnist" and manual:
             manual = restore_fashion_mnist(manual, Path(restored))
         try:
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
         except Exception as error:  # TFDS raises whatever its downloaders and readers do
             reason = " ".join(str(error).split())[:500]
-            raise DataError(f"cannot prepare {name}: {reason}; give its files with --config.data.manual_dir=...") from error
+            raise DataError(
+                f"cannot prepare {name}: {reason}; give its files with --config.data.manual_dir=..."
+            ) from error
     return Path(builder.data_path)
 
 
@@ -53,7 +56,7 @@ def restore_fashion_mnist(packaged: Path, folder: Path) -> Path:
     """Write the official Fashion-MNIST archives, bit for bit, from those of Debian's dataset-fashion-mnist package.
 
     Debian's build drops each file name from the gzip header and zeroes its time, and TFDS's checksums no longer
-    match; the compressed data are the same. An archive that still has its name is copied as it is.
+    match; the compressed data are the same. Any other file is copied as it is.
 
     Returns:
       `folder`.
@@ -66,9 +69,9 @@ def restore_fashion_mnist(packaged: Path, folder: Path) -> Path:
         )
     for archive in archives:
         data = archive.read_bytes()
-        has_name = data[3] & 8
-        if not has_name:
-            time = struct.pack("<I", FASHION_MNIST_TIMES[archive.name.split("-")[0]])
+        time = FASHION_MNIST_TIMES.get(archive.name.split("-")[0])
+        if time and data[:4] == b"\x1f\x8b\x08\x00":  # gzip without a name
+            time = struct.pack("<I", time)
             data = data[:3] + b"\x08" + time + data[8:10] + archive.stem.encode() + b"\0" + data[10:]
         (folder / archive.name).write_bytes(data)
     return folder

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import absl.logging
 import numpy as np
 from etils import epy
 
@@ -49,9 +51,9 @@ def subset(split: str, base_sizes: dict[str, int]) -> np.ndarray:
     >>> subset("all[80%:]", {"all": 12})
     array([ 9, 10, 11])
     """
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match or match[1] not in base_sizes:
-        raise ConfigError(f"data: no split {split!r}; use one of {', '.join(base_sizes)}, or a slice such as [:90%]")
+        raise ConfigError(f"config.data: no split {split!r}; use {' or '.join(base_sizes)}, or a slice such as [:90%]")
     size = base_sizes[match[1]]
 
     def bound(text):
@@ -103,17 +105,17 @@ def folder(*, split: str, path: str, **_) -> Source:
     `path`/SPLIT is used where there is such a folder ("train", "val", ...); "all" is the whole tree. Files are
     put in one fixed random order, so that slices such as "all[:95%]" are fair samples.
     """
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise ConfigError(f"data.path: no folder {path!r}; set data.path to a folder of image files")
+    root = Path(os.path.expanduser(path))
+    if not path or not os.path.isdir(root):
+        raise ConfigError(f"config.data.path: no folder {path!r}; set config.data.path to a folder of image files")
     base = split.split("[")[0]
-    if base != "all" and (root / base).is_dir():
+    if base not in ("", "all") and (root / base).is_dir():
         root = root / base
     elif base != "all":
-        raise ConfigError(f"data.split: no folder {str(root / base)!r}; use 'all' or a slice of it for the whole tree")
+        raise ConfigError(f"config.data: no split {split!r}, a folder in {str(root)!r}; use 'all' for the whole tree")
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not files:
-        raise ConfigError(f"data.path: no image file ({', '.join(sorted(EXTENSIONS))}) below {str(root)!r}")
+        raise ConfigError(f"config.data.path: no image file ({', '.join(sorted(EXTENSIONS))}) below {str(root)!r}")
     index = np.random.default_rng(0).permutation(len(files))[subset(split, {base: len(files)})]
     names = [file.relative_to(root).parts[0] if len(file.relative_to(root).parts) > 1 else "" for file in files]
     classes = sorted(set(names))
@@ -126,10 +128,11 @@ def files(*, path: str, **_) -> Source:
     """The image files that `path` names: paths and patterns such as photos/*.jpg, separated by commas."""
     found = []
     for pattern in path.split(","):
-        matches = sorted(glob.glob(str(Path(pattern.strip()).expanduser()), recursive=True))
+        matches = sorted(glob.glob(os.path.expanduser(pattern.strip()), recursive=True))
+        matches = [Path(match) for match in matches if os.path.isfile(match)]
         if not matches:
-            raise ConfigError(f"no image file {pattern.strip()!r}")
-        found += [Path(match) for match in matches if Path(match).is_file()]
+            raise ConfigError(f"no image file {pattern.strip()!r}; name files, or patterns such as photos/*.png")
+        found += matches
     return image_files(found)
 
 
@@ -156,21 +159,23 @@ def from_tfds(*, split: str, name: str, data_dir: str, **_) -> Source:
     `split` is any expression of TFDS. The data set needs one feature of type Image; a `label` is used if there is one.
     """
     builder = tfds_builder(name, data_dir)
-    if not builder.is_prepared():
+    if not is_prepared(builder):
         where = f" --config.data.data_dir={data_dir}" if data_dir else ""
         raise ConfigError(
-            f"data.name: {name} is not prepared in {builder.data_path} as array_record; "
+            f"config.data.name: {name} is not prepared in {builder.data_path} as array_record; "
             f"prepare it with: mae-jax prepare --config=configs/prepare.py:{name}{where}"
         )
     images = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
     if len(images) != 1:
-        raise ConfigError(f"data.name: {name} has {len(images)} image features, not one; {builder.info.features}")
+        known = ", ".join(builder.info.features)
+        raise ConfigError(f"config.data.name: {name} has {len(images)} image features, not one; it has {known}")
     (image,) = images
     try:
         records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-    except ValueError as error:
+        size = len(records)
+    except (ValueError, NotImplementedError) as error:
         known = ", ".join(builder.info.splits)
-        raise ConfigError(f"data.split: {name} has no split {split!r}; it has {known}, and slices of them") from error
+        raise ConfigError(f"config.data: {name} has no split {split!r}; it has {known}, and slices of them") from error
     features = dict(builder.info.features)
     classes = tuple(features["label"].names) if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
 
@@ -178,7 +183,7 @@ def from_tfds(*, split: str, name: str, data_dir: str, **_) -> Source:
         examples = records.__getitems__(index.tolist())
         return [e[image] for e in examples], np.array([e["label"] if classes else -1 for e in examples], np.int64)
 
-    return Source(len(records), read, True, lambda i: f"{name} {split} image {i}", labels=classes)
+    return Source(size, read, True, lambda i: f"{name} {split} image {i}", labels=classes)
 
 
 def tfds_builder(name: str, data_dir: str):
@@ -186,7 +191,22 @@ def tfds_builder(name: str, data_dir: str):
     try:
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise ConfigError(f"data.name: TFDS has no data set {name!r}{_nearest(name)}") from error
+        raise ConfigError(f"config.data.name: TFDS has no data set {name!r}{_nearest(name)}") from error
+    except Exception as error:  # no such version or configuration, no name at all, another file format
+        reason = " ".join(str(error).split())
+        if "File format is already set" in reason:
+            reason = "it is there in a format that cannot be read by index; prepare it in another config.data.data_dir"
+        raise ConfigError(f"config.data.name: TFDS cannot open {name!r}: {reason[:500]}") from error
+
+
+def is_prepared(builder) -> bool:
+    """Whether the files of a TFDS builder are there; where they are not, TFDS would print a warning too."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        return builder.is_prepared()
+    finally:
+        absl.logging.set_verbosity(verbosity)
 
 
 def _nearest(name: str) -> str:

@@ -23,13 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import flatten, nearest, schema_problems, to_json
+from mae_jax.config import flatten, make_workdir, nearest, schema_problems, to_json
 from mae_jax.data.augment import AUGMENTATIONS
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import SOURCES
@@ -210,16 +209,24 @@ def check(config: ConfigDict) -> Dataset:
     data = Dataset(**config.data)
     for name, part in {"training": data, "held-out": data.held_out_set()}.items():
         try:
-            size = part.open().size
+            source = part.open()
         except ConfigError as error:
             problems += error.problems
             continue
+        if source.channels not in (None, data.channels):
+            problems.append(
+                f"config.data.channels: {data.source} has images of {source.channels} channel(s), not {data.channels}"
+            )
+        size = source.size
         least = data.batch_size if name == "training" else 1
         if size < least:
             problems.append(
                 f"config.data: the {name} split {part.split!r} has {size} images, fewer than "
-                + (f"data.batch_size {least}" if name == "training" else "one")
+                + (f"config.data.batch_size {least}" if name == "training" else "one")
             )
+        elif name == "training" and not 1 <= total_steps(size // least, **config.train) < 2**31:
+            steps = total_steps(size // least, **config.train)
+            problems.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return data
@@ -235,6 +242,8 @@ def model_problems(config: ConfigDict) -> list[str]:
             "config.dtype": (config.dtype, ("float32", "bfloat16")),
         }
     )
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"config.seed: {config.seed} is not between 0 and {2**32 - 1}")
     patch = encoder.patch_size
     if len(data.image_size) != 2 or min(data.image_size) < 1 or patch < 1 or any(s % patch for s in data.image_size):
         problems.append(
@@ -254,8 +263,10 @@ def model_problems(config: ConfigDict) -> list[str]:
                 f"config.{group}.width: {part.width} is not divisible by 4 (for its positions) and by "
                 f"config.{group}.heads {part.heads}"
             )
-        if part.depth < least or part.get("mlp_ratio", 4.0) <= 0:
-            problems.append(f"config.{group}: depth must be at least {least} and mlp_ratio above 0")
+        if part.depth < least:
+            problems.append(f"config.{group}.depth: {part.depth} is below {least}")
+        if part.get("mlp_ratio", 4.0) * max(part.width, 1) < 1:
+            problems.append(f"config.{group}.mlp_ratio: {part.mlp_ratio} times the width leaves no hidden unit")
     return problems
 
 
@@ -269,30 +280,53 @@ def run_problems(config: ConfigDict) -> list[str]:
             "config.optim.name": (config.optim.get("name", "adamw"), optim.OPTIMIZERS),
         }
     )
-    if data.source in ("folder", "tfds") and data.get("channels", 3) not in (1, 3):
-        problems.append(f"config.data.channels: image files are read as 1 or 3 channels, not {data.channels}")
-    for key in ("mean", "std"):
-        if len(config.pixels[key]) != data.get("channels", 3) or (key == "std" and min(config.pixels.std) <= 0):
-            problems.append(
-                f"config.pixels.{key}: {tuple(config.pixels[key])} is not one number{' above 0' * (key == 'std')} for "
-                f"each of config.data.channels {data.get('channels', 3)}"
-            )
+    channels = data.get("channels", 3)
+    if channels < 1:
+        problems.append(f"config.data.channels: {channels} is below 1")
+    elif data.source in ("folder", "files", "tfds") and channels not in (1, 3):
+        problems.append(f"config.data.channels: image files are read as 1 or 3 channels, not {channels}")
+    else:
+        for key in ("mean", "std"):
+            if len(config.pixels[key]) != channels or (key == "std" and min(config.pixels.std) <= 0):
+                problems.append(
+                    f"config.pixels.{key}: {tuple(config.pixels[key])} is not one number{' above 0' * (key == 'std')} "
+                    f"for each of config.data.channels {channels}"
+                )
     devices = jax.device_count()
     used = devices if config.mesh.get("data", -1) == -1 else config.mesh.data
     if not 1 <= used <= devices:
-        problems.append(f"config.mesh.data: {used} is not between 1 and the {devices} device(s) there are, nor -1 for all")
+        problems.append(
+            f"config.mesh.data: {used} is not between 1 and the {devices} device(s) there are, nor -1 for all"
+        )
     elif data.batch_size < 1 or data.batch_size % used:
-        problems.append(f"config.data.batch_size: {data.batch_size} does not divide among {used} devices")
+        problems.append(f"config.data.batch_size: {data.batch_size} is not a multiple of the {used} device(s), above 0")
     for key in ("scale", "ratio"):
         bounds = data.get(key, (1.0, 1.0))
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] or (key == "scale" and bounds[1] > 1):
-            problems.append(f"config.data.{key}: {tuple(bounds)} is not a range (low, high) above 0")
-    if (train.get("steps") or train.get("epochs") or 0) <= 0:
-        problems.append("config.train: neither steps nor epochs is above 0")
-    for group, key, least in (("log", "every", 1), ("eval", "every", 0), ("pictures", "every", 0), ("pictures", "count", 1),
-                              ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("checkpoint", "keep_every", 0)):
-        if config[group].get(key, least) < least:
-            problems.append(f"config.{group}.{key}: {config[group][key]} is below {least}")
+            above = " above 0, up to 1" if key == "scale" else " above 0"
+            problems.append(f"config.data.{key}: {tuple(bounds)} is not a range (low, high){above}")
+    length = next((key for key in ("steps", "epochs") if train.get(key) is not None), None)
+    if length is None:
+        problems.append("config.train: neither steps nor epochs is given")
+    elif train[length] <= 0:
+        problems.append(f"config.train.{length}: {train[length]} is not above 0")
+    for key in ("base_learning_rate", "warmup_epochs", "weight_decay", "b1", "b2"):
+        value = config.optim.get(key, 0)
+        if value < 0 or (key in ("b1", "b2") and value >= 1):
+            problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))
+    for group, key, least in (
+        ("log", "every", 1),
+        ("eval", "every", 0),
+        ("eval", "images", 1),
+        ("pictures", "every", 0),
+        ("pictures", "count", 1),
+        ("checkpoint", "every", 0),
+        ("checkpoint", "keep", 1),
+        ("checkpoint", "keep_every", 0),
+    ):
+        value = config[group].get(key)
+        if value is not None and value < least:
+            problems.append(f"config.{group}.{key}: {value} is below {least}")
     return problems
 
 
@@ -312,10 +346,19 @@ def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
       ConfigError: the model, the order of the data or the randomness would be another.
     """
     path = workdir / "config.json"
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_workdir(workdir)
     if not (workdir / "checkpoints").exists() or not path.exists():
         return
-    fixed = ("encoder.", "decoder.", "target.", "pixels.", "data.image_size", "data.channels", "data.batch_size", "seed")
+    fixed = (
+        "encoder.",
+        "decoder.",
+        "target.",
+        "pixels.",
+        "data.image_size",
+        "data.channels",
+        "data.batch_size",
+        "seed",
+    )
     before, now = flatten(json.loads(path.read_text())), flatten(to_json(config))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     told = {key: f"config.{key}: {before.get(key)} in {path}, now {now.get(key)}" for key in changed}

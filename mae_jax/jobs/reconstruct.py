@@ -1,6 +1,6 @@
 r"""Picture what a trained autoencoder makes of images, at any mask ratio (paper figures 2 to 4).
 
-    mae-jax reconstruct --config=configs/reconstruct.py --config.init=runs/digits --config.mask.ratio=0.85 \\\\
+    mae-jax reconstruct --config=configs/reconstruct.py --config.init=runs/digits --config.mask.ratio=0.85 \
         --workdir=runs/digits_85
 
 Reads a workdir of pretrain, or one of its checkpoints (config.init), and image files (config.images), or else the
@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from mae_jax.config import schema_problems, to_json
+from mae_jax.config import make_workdir, schema_problems, to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError, DataError
 from mae_jax.jobs import models
@@ -56,13 +56,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     elif config.split:
         data = dataclasses.replace(data, split=config.split)
     check(config, data, trained)
+    make_workdir(workdir)
     model, params = models.load(config.init)
     _, target = models.build(trained)
     images, names = first_images(data, data.open().size if config.images else config.count)
     mask = sample_mask(trained, jax.random.key(config.seed), len(images))
     panels, loss = make_panels(model, target, trained)(params, images, mask)
 
-    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
     picture = workdir / "reconstructions" / f"ratio_{config.mask.ratio:g}.png"
     save_picture(picture, sheet(np.asarray(panels)))
@@ -88,12 +88,15 @@ def check(config: ConfigDict, data: Dataset, trained: ConfigDict) -> None:
         problems.append(f"config.mask.name: no {config.mask.name!r}; use one of {', '.join(masking.SAMPLERS)}")
     if config.count < 1:
         problems.append(f"config.count: {config.count} is below 1")
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"config.seed: {config.seed} is not between 0 and {2**32 - 1}")
     try:
         masking.visible_count(rows * cols, config.mask.ratio)
     except ValueError as error:
         problems.append(f"config.mask.ratio: {error}; give a ratio that hides some patches and keeps some")
     try:
-        data.open()
+        if not data.open().size:
+            problems.append(f"config.split: {data.split!r} has no images")
     except ConfigError as error:
         problems += error.problems
     if problems:

@@ -20,20 +20,23 @@ import jax.numpy as jnp
 EPSILON = 1e-6  # of layer_norm, as in the original code; PyTorch's default is 1e-5
 
 
-def _contract(a, b, a_axis: int, b_axis: int, batch: tuple[int, ...] = ()):
+EXACT = jax.lax.Precision.HIGHEST  # GPUs and TPUs otherwise round float32 factors to TF32 or bfloat16
+
+
+def _contract(a, b, a_axis: int, b_axis: int, batch: tuple[int, ...] = (), precision=None):
     """Sum of products over one axis of each; `batch` axes come first in both. f32 for any dtype of the inputs."""
     axes = (((a_axis,), (b_axis,)), (batch, batch))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)
 
 
 def _row_mean(x):
     """f32[M,D] -> f32[M,1]."""
-    return _contract(x, jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype), 1, 0)
+    return _contract(x, jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype), 1, 0, precision=EXACT)
 
 
 def _column_sum(x):
     """[M,D] -> f32[D]."""
-    return _contract(jnp.ones((1, len(x)), x.dtype), x, 1, 0)[0]
+    return _contract(jnp.ones((1, len(x)), x.dtype), x, 1, 0, precision=EXACT)[0]
 
 
 @jax.custom_vjp

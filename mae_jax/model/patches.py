@@ -70,7 +70,7 @@ def sincos_positions(grid: Sequence[int], width: int) -> np.ndarray:
     The first half of the channels encodes the *column*, the second half the row; each half is [sin | cos] of
     the coordinate times omega_k = 10000^(-k / (width/4)). Computed in float64.
 
-    >>> sincos_positions((2, 3), 8)[5, [0, 2, 4, 6]].round(4).tolist()  # sin 2, cos 2, sin 1, cos 1
+    >>> sincos_positions((2, 3), 8)[5, [0, 2, 4, 6]].astype(float).round(4).tolist()  # sin 2, cos 2, sin 1, cos 1
     [0.9093, -0.4161, 0.8415, 0.5403]
 
     Args:

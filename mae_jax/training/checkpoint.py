@@ -10,6 +10,7 @@ The step is also the position in the data, so nothing else needs saving.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -84,7 +85,7 @@ def locate(path: str | Path) -> Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if (path / "state").is_dir():
         return path
     folder = path if path.name == FOLDER else path / FOLDER

@@ -33,4 +33,9 @@ def weighted_means(measure: Callable, params, batches: Iterable[dict], key: jax.
 
 @jax.jit
 def _weighted_sums(values, weight):
-    return jax.tree.map(lambda v: jnp.einsum("n...,n->...", v, weight), values), weight.sum()
+    # not a dot product, which accelerators round to 10 bits; and 0 times an overflow must stay 0
+    def total(v):
+        w = weight.reshape(-1, *[1] * (v.ndim - 1))
+        return jnp.where(w > 0, v * w, 0).sum(axis=0)
+
+    return jax.tree.map(total, values), weight.sum()

@@ -1,0 +1,347 @@
+"""Decoding, cropping and resizing, against Pillow and against the definition of torchvision's RandomResizedCrop."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from scipy import stats
+
+from mae_jax.data import augment as module
+from mae_jax.data.augment import AUGMENTATIONS, augment, centre_crop, decode, random_crop_box, resize
+
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+OPTIONS = {"scale": SCALE, "ratio": RATIO}
+
+
+def picture(height, width, channels=3, seed=0, noise=4):
+    """A smooth picture with some noise, and no value so extreme that it is clipped: uint8[height,width,channels]."""
+    rng = np.random.default_rng(seed)
+    bands = [
+        np.asarray(
+            Image.fromarray(rng.integers(60, 196, (5, 6), dtype=np.uint8)).resize((width, height), Image.BICUBIC), float
+        )
+        for _ in range(channels)
+    ]
+    return np.clip(np.stack(bands, -1) + rng.normal(0, noise, (height, width, channels)), 30, 225).astype(np.uint8)
+
+
+def pil_resize(image, size):
+    bands = [Image.fromarray(image[..., c]).resize(size[::-1], Image.BICUBIC) for c in range(image.shape[-1])]
+    return np.stack([np.asarray(band) for band in bands], -1)
+
+
+def assert_like_pil(ours, theirs):
+    """Equal up to rounding: Pillow rounds to 8 bits between its two passes."""
+    assert ours.shape == theirs.shape and np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1
+
+
+def boxes(shape, count, scale=SCALE, ratio=RATIO, seed=3):
+    """Crop boxes i32[count,4]: top, left, height, width."""
+    seeds = tf.stack([tf.fill([count], tf.constant(seed, tf.int64)), tf.range(count, dtype=tf.int64)], 1)
+
+    @tf.function
+    def draw():
+        return tf.map_fn(
+            lambda s: tf.stack(random_crop_box(tf.constant(shape), s, scale, ratio)),
+            seeds,
+            fn_output_signature=tf.int32,
+        )
+
+    return draw().numpy()
+
+
+def torchvision_boxes(shape, count, scale=SCALE, ratio=RATIO):
+    """The same by the definition of RandomResizedCrop.get_params: ten attempts, then the centre."""
+    rng = np.random.default_rng(0)
+    (high, wide), result = shape, []
+    for _ in range(count):
+        for _ in range(10):
+            area = high * wide * rng.uniform(*scale)
+            aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= wide and 0 < h <= high:
+                result.append((rng.integers(0, high - h + 1), rng.integers(0, wide - w + 1), h, w))
+                break
+        else:
+            if wide / high < ratio[0]:
+                w, h = wide, round(wide / ratio[0])
+            elif wide / high > ratio[1]:
+                w, h = round(high * ratio[1]), high
+            else:
+                w, h = wide, high
+            result.append(((high - h) // 2, (wide - w) // 2, h, w))
+    return np.array(result)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((97, 130), (32, 32)),
+        ((500, 375), (224, 224)),
+        ((28, 28), (64, 48)),
+        ((60, 200), (61, 20)),
+        ((9, 9), (224, 224)),
+    ],
+)
+def test_resize_is_that_of_pillow(before, after, channels):
+    image = picture(*before, channels)
+    assert_like_pil(resize(image, after).numpy(), pil_resize(image, after))
+
+
+def test_resize_stays_within_8_bits():
+    """Bicubic overshoots at edges; it must not wrap around."""
+    image = np.zeros((20, 20, 3), np.uint8)
+    image[:, 10:] = 255
+    out = resize(image, (50, 50)).numpy()
+    assert (out[:, :20] < 30).all() and (out[:, 30:] > 225).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((97, 130), (32, 32)), ((130, 97), (32, 32)), ((60, 60), (16, 24)), ((20, 33), (48, 40))]
+)
+def test_without_augmentation_the_short_side_is_resized_and_the_centre_cut(shape, size):
+    image = picture(*shape)
+    grow = max(size[0] / shape[0], size[1] / shape[1])
+    covered = pil_resize(image, (round(shape[0] * grow), round(shape[1] * grow)))
+    top, left = (covered.shape[0] - size[0]) // 2, (covered.shape[1] - size[1]) // 2
+    ours = centre_crop(image, size, None, SCALE, RATIO).numpy()
+    assert_like_pil(ours, covered[top : top + size[0], left : left + size[1]])
+
+
+def test_an_image_of_the_right_size_is_left_as_it_is():
+    image = picture(24, 32)
+    assert np.array_equal(centre_crop(image, (24, 32), None, SCALE, RATIO), image)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 200), (200, 1), (40, 30), (16, 24)])
+def test_any_image_comes_out_uint8_of_the_size_asked_for(name, flip, channels, shape):
+    image = picture(*shape, channels)
+    out = augment(image, tf.constant([1, 2], tf.int64), size=(16, 24), name=name, flip=flip, **OPTIONS)
+    assert out.dtype == tf.uint8 and out.shape == (16, 24, channels)
+    if shape == (1, 1):
+        assert (out.numpy() == image[0, 0]).all()
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_the_seed_alone_decides(name):
+    image = picture(60, 80)
+
+    def draw(*seed):
+        return augment(image, tf.constant(seed, tf.int64), size=(16, 16), name=name, flip=True, **OPTIONS).numpy()
+
+    first = draw(0, 7)
+    tf.random.set_seed(123)
+    assert np.array_equal(first, draw(0, 7))
+    different = sum(not np.array_equal(first, draw(*seed)) for seed in [(0, 8), (0, 9), (1, 7), (2, 7), (5, 5), (9, 3)])
+    assert different >= (5 if name != "none" else 1)
+
+
+def drawn(image, count, **options):
+    """The image augmented at positions 0, 1, ... of seed 0: uint8[count,H,W,C]."""
+    seeds = tf.stack([tf.zeros(count, tf.int64), tf.range(count, dtype=tf.int64)], 1)
+
+    @tf.function
+    def draw():
+        one = lambda seed: augment(tf.constant(image), seed, **OPTIONS | options)  # noqa: E731
+        return tf.map_fn(one, seeds, fn_output_signature=tf.uint8)
+
+    return draw().numpy()
+
+
+def test_half_of_the_images_are_flipped():
+    image = picture(8, 8)
+    out = drawn(image, 1000, size=(8, 8), name="none", flip=True)
+    as_it_is, mirrored = ((out == x).all(axis=(1, 2, 3)) for x in (image, image[:, ::-1]))
+    assert (as_it_is ^ mirrored).all()
+    assert abs(mirrored.sum() - 500) < 64  # four standard deviations
+
+
+def test_flips_do_not_depend_on_crops():
+    """A gradient from left to right tells where the crop was taken and whether it was flipped."""
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (64, 256, 1))
+    crop = {"size": (2, 16), "name": "random_resized_crop", "scale": (0.05, 0.1), "ratio": (1, 1)}
+    rows = drawn(ramp, 1000, **crop, flip=True)[:, 0, :, 0].astype(int)
+    flipped, place = rows[:, 0] > rows[:, -1], rows.mean(1)
+    assert stats.ks_2samp(place[flipped], place[~flipped]).pvalue > 0.001
+    assert stats.ks_2samp(place[1:][flipped[:-1]], place[1:][~flipped[:-1]]).pvalue > 0.001  # nor on the next image's
+    assert place.std() > 30
+
+
+@pytest.mark.parametrize("shape", [(100, 100), (375, 500), (50, 200), (300, 40), (7, 5), (2, 2)])
+def test_crops_are_inside_and_of_the_area_and_aspect_asked_for(shape):
+    top, left, height, width = boxes(shape, 2000).T
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= shape[0]).all() and (left + width <= shape[1]).all()
+    # the sides are rounded, each by at most half a pixel
+    fallback = (top == (shape[0] - height) // 2) & (left == (shape[1] - width) // 2)
+    drawn = ~fallback
+    assert ((height + 0.51) * (width + 0.51) >= SCALE[0] * shape[0] * shape[1])[drawn].all()
+    assert ((width + 0.51) / (height - 0.51) >= RATIO[0]).all()
+    assert ((width - 0.51) / (height + 0.51) <= RATIO[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "ratio"),
+    [
+        ((375, 500), SCALE, RATIO),
+        ((224, 224), SCALE, RATIO),
+        ((224, 224), (0.08, 1.0), RATIO),
+        ((100, 400), SCALE, RATIO),  # many attempts do not fit
+        ((64, 64), (0.2, 0.4), (1.0, 1.0)),
+        ((20, 30), (0.5, 0.5), (0.5, 2.0)),
+    ],
+)
+def test_crops_are_distributed_as_in_torchvision(shape, scale, ratio):
+    ours, theirs = boxes(shape, 4000, scale, ratio), torchvision_boxes(shape, 4000, scale, ratio)
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 0.001
+    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 1] * b[:, 2]):
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 0.001
+
+
+def test_the_area_of_crops_is_uniform_where_all_fit():
+    area = np.prod(boxes((1000, 1000), 4000, scale=(0.1, 0.5), ratio=(0.8, 1.25))[:, 2:], axis=1) / 1e6
+    assert stats.kstest(area, stats.uniform(0.1, 0.4).cdf).pvalue > 0.001
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    {
+        (1, 200): (0, 99, 1, 1),
+        (200, 1): (99, 0, 1, 1),
+        (3, 300): (0, 148, 3, 4),
+        (300, 3): (148, 0, 4, 3),
+        (1, 1): (0, 0, 1, 1),
+    }.items(),
+)
+def test_where_no_attempt_fits_the_centre_is_taken(shape, box):
+    assert {tuple(b) for b in boxes(shape, 50).tolist()} == {box}
+
+
+def test_an_image_within_the_ratio_that_nothing_fits_is_taken_whole():
+    assert {tuple(b) for b in boxes((100, 120), 20, scale=(1.0, 1.0), ratio=(1.3, 1.3)).tolist()} == {(4, 0, 92, 120)}
+    assert {tuple(b) for b in boxes((100, 120), 20, scale=(4.0, 4.0)).tolist()} == {(0, 0, 100, 120)}
+
+
+def test_random_resized_crop_is_the_box_resized():
+    image = picture(60, 90)
+    for position in range(5):
+        seed = tf.constant([0, position], tf.int64)
+        top, left, height, width = (int(x) for x in random_crop_box((60, 90), seed, SCALE, RATIO))
+        ours = augment(image, seed, size=(24, 16), name="random_resized_crop", flip=False, **OPTIONS).numpy()
+        assert_like_pil(ours, pil_resize(image[top : top + height, left : left + width], (24, 16)))
+
+
+def test_fixed_crop_is_any_window_of_the_image_resized_to_eight_sevenths():
+    image = picture(32, 48)
+    covered = resize(image, (16, 24)).numpy()
+    places = set()
+    for out in drawn(image, 150, size=(14, 14), name="fixed_crop", flip=False):
+        windows = [(t, x) for t in range(3) for x in range(11) if np.array_equal(out, covered[t : t + 14, x : x + 14])]
+        assert len(windows) == 1
+        places.update(windows)
+    assert {t for t, _ in places} == {0, 1, 2} and {x for _, x in places} == set(range(11))
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+@pytest.mark.parametrize("margin", [1.0, 8 / 7])
+def test_a_line_of_pixels_does_not_fill_the_memory(shape, margin):
+    image = np.zeros((*shape, 3), np.uint8)
+    covered = module._resize_short_side(image, (224, 224), margin)
+    assert min(covered.shape[:2]) == round(224 * margin) and max(covered.shape[:2]) <= 8192
+
+
+# What people have in folders: name -> (bytes, what it shows, how far lossy compression may be off)
+RGB = picture(23, 37, noise=0)
+GREY = RGB[..., :1]
+
+
+def encoded(image, fmt, mode=None, **options):
+    file = io.BytesIO()
+    image = (
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        if isinstance(image, np.ndarray)
+        else image
+    )
+    (image.convert(mode) if mode else image).save(file, fmt, **options)
+    return file.getvalue()
+
+
+def transparent(image):
+    alpha = np.tile(np.array([0, 128, 255], np.uint8), 1000)[: 23 * 37].reshape(23, 37, 1)
+    return np.concatenate([image, alpha], -1)
+
+
+PALETTE = Image.fromarray(RGB).quantize(200)
+QUANTIZED = np.asarray(PALETTE.convert("RGB"))
+FILES = {
+    "jpeg": (encoded(RGB, "JPEG", quality=95), RGB, 30),
+    "progressive jpeg": (encoded(RGB, "JPEG", quality=95, progressive=True), RGB, 30),
+    "grey jpeg": (encoded(GREY, "JPEG", quality=95), GREY, 10),
+    "cmyk jpeg": (encoded(RGB, "JPEG", "CMYK", quality=95), RGB, 30),
+    "png": (encoded(RGB, "PNG"), RGB, 0),
+    "grey png": (encoded(GREY, "PNG"), GREY, 0),
+    "rgba png": (encoded(transparent(RGB), "PNG"), RGB, 0),
+    "grey and alpha png": (encoded(Image.fromarray(GREY[..., 0]).convert("LA"), "PNG"), GREY, 0),
+    "palette png": (encoded(PALETTE, "PNG"), QUANTIZED, 0),
+    "1-bit png": (encoded(Image.fromarray(GREY[..., 0] > 127), "PNG"), (GREY > 127) * 255, 0),
+    "16-bit png": (encoded(GREY.astype(np.uint16) * 256 + 77, "PNG"), GREY, 0),
+    "gif": (encoded(PALETTE, "GIF"), QUANTIZED, 0),
+    "animated gif": (
+        encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)] * 3),
+        QUANTIZED,
+        0,
+    ),
+    "bmp": (encoded(RGB, "BMP"), RGB, 0),
+    "grey bmp": (encoded(GREY, "BMP"), GREY, 0),
+    "webp": (encoded(RGB, "WEBP", lossless=True), RGB, 0),
+    "lossy webp": (encoded(RGB, "WEBP", quality=95), RGB, 30),
+    "animated webp": (
+        encoded(Image.fromarray(RGB), "WEBP", save_all=True, append_images=[PALETTE.rotate(180)] * 3, lossless=True),
+        RGB,
+        0,
+    ),
+    "palette bmp": (encoded(PALETTE, "BMP"), QUANTIZED, 0),
+    "rgba webp": (encoded(transparent(RGB), "WEBP", lossless=True, exact=True), RGB, 0),
+    "one pixel": (encoded(RGB[:1, :1], "PNG"), RGB[:1, :1], 0),
+    "one pixel jpeg": (encoded(Image.fromarray(RGB[:1, :1]), "JPEG", quality=95), RGB[:1, :1], 8),
+    "row of pixels": (encoded(Image.fromarray(RGB[:1]), "PNG"), RGB[:1], 0),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_file_decodes_to_three_channels(name):
+    data, shown, tolerance = FILES[name]
+    image = decode(tf.constant(data), 3)
+    assert image.dtype == tf.uint8 and image.shape == (*shown.shape[:2], 3)
+    off = np.abs(image.numpy().astype(int) - shown)
+    assert off.max() <= tolerance and off.mean() <= tolerance / 5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_file_decodes_to_the_luminance_of_pillow(name):
+    data, shown, tolerance = FILES[name]
+    image = decode(tf.constant(data), 1)
+    want = shown if shown.shape[-1] == 1 else np.asarray(Image.fromarray(shown).convert("L"))[..., None]
+    assert image.dtype == tf.uint8 and image.shape == want.shape
+    assert np.abs(image.numpy().astype(int) - want).max() <= (max(tolerance, 1) if shown.shape[-1] == 3 else tolerance)
+
+
+def test_eight_bit_grey_is_exact():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(decode(tf.constant(encoded(grey, "PNG")), 1)[..., 0], grey)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x89PNG\r\n", b"not a picture" * 50, *(FILES[n][0][:-60] for n in ("jpeg", "png"))]
+)
+def test_what_is_no_picture_is_an_error(data):
+    with pytest.raises((tf.errors.OpError, OSError)):
+        decode(tf.constant(data), 3)

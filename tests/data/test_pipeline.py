@@ -1,0 +1,379 @@
+"""Batches by number: any step again, each epoch once through, the same on any devices and hosts, whatever is broken."""
+
+import collections
+import io
+import itertools
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_jax.data import pipeline
+from mae_jax.data.pipeline import CHUNK, Dataset
+from mae_jax.training.sharding import batch_sharding, make_mesh
+
+AUGMENTED = {"augment": "random_resized_crop", "flip": True}
+SYNTHETIC = {"source": "synthetic", "image_size": (8, 12), "channels": 3, "split": "train[:40]"}
+BAD = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) * 2 // 3],
+    "garbage": lambda data: bytes(range(256)) * 4,
+    "a lie": lambda data: b"\xff\xd8\xff" + b"?" * 500,
+    "truncated webp": lambda data: as_file(Image.open(io.BytesIO(data)), "WEBP")[:-200],
+}
+
+
+def as_file(image, fmt, **options):
+    file = io.BytesIO()
+    image.save(file, fmt, **options)
+    return file.getvalue()
+
+
+def jpeg(number):
+    """A picture that tells its number by its brightness, with detail enough that a truncated file misses some."""
+    noise = np.random.default_rng(number).integers(-2, 3, (40, 40, 3))
+    return as_file(Image.fromarray((3 * number + 20 + noise).astype(np.uint8)), "JPEG", quality=95)
+
+
+def make_folder(root, count, bad=()):
+    """`count` JPEGs; at the places `bad`, in the order of the folder's source, files that cannot be read."""
+    root.mkdir()
+    for i in range(count):
+        (root / f"{i:03}.jpg").write_bytes(jpeg(i))
+    data = folder(root)
+    damages = itertools.cycle(BAD.values())
+    for place in bad:
+        path = Path(data.open().name(place))
+        path.write_bytes(next(damages)(path.read_bytes()))
+    return data
+
+
+def folder(root, **options):
+    defaults = {"split": "all", "held_out": "all", "batch_size": 8, "image_size": (16, 16)}
+    return Dataset(source="folder", path=str(root), **defaults | options)
+
+
+def numbers(data):
+    """Of the images of a folder, in order."""
+    source = data.open()
+    return [int(Path(source.name(i)).stem) for i in range(source.size)]
+
+
+def sharding(devices=8):
+    return batch_sharding(make_mesh(data=devices))
+
+
+def take(batches, count):
+    return [jax.device_get(batch) for batch in itertools.islice(batches, count)]
+
+
+def joined(batches):
+    batches = list(batches)
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def complaints(caplog):
+    """How often each file was said to be unreadable."""
+    texts = [record.getMessage() for record in caplog.records if "cannot read" in record.getMessage()]
+    return collections.Counter(text.split("cannot read ")[1].split(";")[0] for text in texts)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory, tfds_dir):
+    """A data set of every kind of source, augmented in all ways."""
+    root = tmp_path_factory.mktemp("pictures") / "all"
+    make_folder(root, 21, bad=(5,))
+    mini = {"name": "mini_pictures", "data_dir": tfds_dir, "split": "train"}
+    digits = {"source": "digits", "batch_size": 56, "image_size": (8, 8), "channels": 1, "split": "train"}
+    return {
+        "digits": Dataset(**digits),
+        "synthetic": Dataset(**SYNTHETIC, batch_size=16, **AUGMENTED),
+        "folder": folder(root, **AUGMENTED),
+        "files": folder(root, **AUGMENTED | {"augment": "fixed_crop"}),
+        "tfds": Dataset(source="tfds", **mini, batch_size=8, image_size=(4, 4), channels=1, **AUGMENTED),
+    }
+
+
+@pytest.mark.parametrize("name", pipeline.SOURCES)
+def test_what_a_batch_is(name, sets):
+    data, spread = sets[name], sharding()
+    (batch,) = itertools.islice(data.shuffled(0, 0, spread), 1)
+    n = data.batch_size
+    shapes = {key: (value.shape, str(value.dtype)) for key, value in batch.items()}
+    assert shapes == {
+        "image": ((n, *data.image_size, data.channels), "uint8"),
+        "label": ((n,), "int32"),
+        "weight": ((n,), "float32"),
+    }
+    assert all(value.sharding == spread for value in batch.values())
+
+
+@pytest.mark.parametrize("name", pipeline.SOURCES)
+def test_any_step_can_be_made_again_bit_for_bit(name, sets):
+    running = take(sets[name].shuffled(3, 0, sharding()), 8)
+    for step in (0, 1, 4, 7):
+        (again,) = take(sets[name].shuffled(3, step, sharding()), 1)
+        assert same(again, running[step])
+
+
+def test_a_step_far_away_is_there_at_once(sets):
+    data = sets["synthetic"]
+    (far,) = take(data.shuffled(0, 10_000_000, sharding()), 1)
+    near, far_again = take(data.shuffled(0, 9_999_999, sharding()), 2)
+    assert same(far, far_again) and not same(far, near)
+    assert far["weight"].all()
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 40])
+def test_every_epoch_has_every_image_once_in_an_order_of_its_own(batch_size):
+    data = Dataset(**SYNTHETIC, batch_size=batch_size)
+    images = data.open().read(np.arange(40))[0]
+    place = {image.tobytes(): i for i, image in enumerate(images)}
+    epochs = 4
+    seen = joined(take(data.shuffled(0, 0, sharding()), epochs * 40 // batch_size))
+    orders = np.array([place[image.tobytes()] for image in seen["image"]]).reshape(epochs, 40)
+    assert (np.sort(orders, axis=1) == np.arange(40)).all()
+    assert len({tuple(order) for order in orders}) == epochs
+    assert tuple(range(40)) not in {tuple(order) for order in orders}
+    labels = data.open().read(orders.ravel())[1]
+    assert seen["label"].tolist() == labels.tolist() and seen["weight"].all()
+
+
+def test_epochs_are_mixed_well():
+    """Where an image stands in one epoch says nothing about where it stands in the next."""
+    data = Dataset(source="digits", split="train[:1024]", batch_size=1024, image_size=(8, 8), channels=1)
+    images = data.open().read(np.arange(1024))[0]
+    place = {image.tobytes(): i for i, image in enumerate(images)}
+    order = [
+        np.array([place[x.tobytes()] for x in batch["image"]]) for batch in take(data.shuffled(0, 0, sharding()), 4)
+    ]
+    order = [np.arange(1024), *order]
+    for a, b in itertools.combinations(order, 2):
+        assert abs(np.corrcoef(np.argsort(a), np.argsort(b))[0, 1]) < 0.13  # four standard deviations
+
+
+@pytest.mark.parametrize("options", [{}, AUGMENTED])
+def test_seeds_give_other_orders(options):
+    data = Dataset(**SYNTHETIC, batch_size=40, **options)
+    batches = [take(data.shuffled(seed, 0, sharding()), 1)[0] for seed in (0, 1, 2, 2**32 - 1, 0)]
+    assert same(batches[0], batches[4])
+    for a, b in itertools.combinations(batches[:4], 2):
+        assert not same(a, b)
+
+
+def test_augmentation_is_drawn_anew_every_epoch(tmp_path):
+    data = make_folder(tmp_path / "one", 1)
+    wide = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    (tmp_path / "one/000.jpg").write_bytes(as_file(wide, "PNG"))
+    data = folder(tmp_path / "one", batch_size=8, **AUGMENTED)
+    images = take(data.shuffled(0, 0, sharding()), 1)[0]["image"]
+    assert len({image.tobytes() for image in images}) == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), [(40, None), (13, None), (8, None), (1, None), (40, 11), (40, 8), (13, 500)]
+)
+def test_once_is_every_example_once_in_order(size, limit):
+    data = Dataset(**SYNTHETIC | {"split": f"train[:{size}]"}, batch_size=8)
+    batches = take(data.once(sharding(), limit), 100)
+    count = min(size, limit or size)
+    assert len(batches) == -(-count // 8)
+    whole = joined(batches)
+    images, labels = data.open().read(np.arange(count))
+    assert whole["weight"].tolist() == [1] * count + [0] * (-count % 8)
+    assert np.array_equal(whole["image"][:count], images)
+    assert whole["label"][:count].tolist() == labels.tolist()
+
+
+def test_held_out_images_are_not_augmented():
+    data = Dataset(**SYNTHETIC | {"split": "train"}, held_out="validation[:16]", batch_size=16, **AUGMENTED)
+    (batch,) = take(data.held_out_set().once(sharding()), 5)
+    plain = Dataset(**SYNTHETIC | {"split": "validation[:16]"}, batch_size=16)
+    assert np.array_equal(batch["image"], plain.open().read(np.arange(16))[0])
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic", "folder", "tfds"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_same_batches_on_any_number_of_devices(name, devices, sets):
+    data = sets[name]
+    for eight, few in ((data.shuffled, data.shuffled), (data.once, data.once)):
+        arguments = (1, 2) if eight == data.shuffled else ()
+        a, b = take(eight(*arguments, sharding(8)), 2), take(few(*arguments, sharding(devices)), 2)
+        assert all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("name", ["synthetic", "folder"])
+def test_hosts_make_their_parts_of_the_same_batches(name, hosts, sets, monkeypatch):
+    data = sets[name]
+    whole = take(data.shuffled(0, 5, sharding()), 3)
+    whole_once = take(data.once(sharding()), 10)
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, part: part)
+    parts, parts_once = [], []
+    for host in range(hosts):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        parts.append(take(data.shuffled(0, 5, None), 3))
+        parts_once.append(take(data.once(None), 10))
+    assert len(parts[0][0]["weight"]) == data.batch_size // hosts
+    for want, made in ((whole, parts), (whole_once, parts_once)):
+        assert [len(part) for part in made] == [len(want)] * hosts
+        for i, batch in enumerate(want):
+            assert same(batch, joined(part[i] for part in made))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    {
+        "none": (),
+        "a few": (2, 7, 8, 20, 33),
+        "the first": (0,),
+        "the last, which is padded with": (36,),
+        "around the edge of a chunk": (CHUNK - 1, CHUNK, 2 * CHUNK - 1),
+        "a whole chunk and more": tuple(range(CHUNK - 3, 2 * CHUNK + 2)),
+    }.values(),
+    ids=len,
+)
+def test_what_cannot_be_read_weighs_nothing_and_all_else_stays_in_its_place(bad, tmp_path, caplog):
+    data = make_folder(tmp_path / "tree", 37, bad)
+    want = numbers(data)
+    with caplog.at_level(logging.WARNING):
+        whole = joined(take(data.once(sharding()), 100))
+    assert whole["weight"].tolist() == [float(i not in bad) for i in range(37)] + [0] * 3
+    for i, image in enumerate(whole["image"][:37]):
+        if i in bad:
+            assert not image.any()
+        else:
+            assert abs(image.mean() - (3 * want[i] + 20)) < 1
+    assert complaints(caplog) == {data.open().name(i): 1 for i in bad}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_each_kind_of_damage_is_noticed(kind, tmp_path, caplog):
+    data = make_folder(tmp_path / "tree", 8)
+    path = Path(data.open().name(3))
+    path.write_bytes(BAD[kind](path.read_bytes()))
+    whole = joined(take(data.once(sharding()), 2))
+    assert whole["weight"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
+    assert complaints(caplog) == {str(path): 1}
+
+
+def test_a_bad_file_changes_nothing_else_in_training(tmp_path, caplog):
+    """Not even the augmentation of the images that share its chunk. It is named at every visit."""
+    good = make_folder(tmp_path / "good", 24)
+    bad = make_folder(tmp_path / "bad", 24, bad=(4, 9))
+    good, bad = (folder(tmp_path / name, **AUGMENTED, image_size=(12, 12)) for name in ("good", "bad"))
+    a, b = (joined(take(data.shuffled(0, 0, sharding()), 6)) for data in (good, bad))  # two epochs
+    assert a["weight"].all() and (b["weight"] == 0).sum() == 4
+    kept = b["weight"] == 1
+    assert np.array_equal(a["image"][kept], b["image"][kept]) and not b["image"][~kept].any()
+    assert np.array_equal(a["label"], b["label"])
+    assert {path: n for path, n in complaints(caplog).items() if n >= 2} == {
+        bad.open().name(i): complaints(caplog)[bad.open().name(i)] for i in (4, 9)
+    }
+
+
+def test_a_set_in_which_nothing_can_be_read_goes_on(tmp_path, caplog):
+    data = make_folder(tmp_path / "tree", 20, bad=range(20))
+    batches = take(data.shuffled(0, 0, sharding()), 5)
+    assert all(not batch["weight"].any() and not batch["image"].any() for batch in batches)
+    assert len(complaints(caplog)) == 20
+    assert not joined(take(data.once(sharding()), 9))["weight"].any()
+
+
+def test_a_file_deleted_while_training_weighs_nothing(tmp_path, caplog):
+    data = make_folder(tmp_path / "tree", 8)
+    batches = data.once(sharding())
+    gone = Path(data.open().name(2))
+    gone.unlink()
+    gone.mkdir()  # still there when the folder is listed... but a folder
+    gone.rmdir()
+    source = data.open()
+    assert source.size == 7
+    del batches
+
+
+def test_big_images_among_small_ones(tmp_path):
+    data = make_folder(tmp_path / "tree", 18)
+    big = Image.new("RGB", (3000, 2000), (200, 0, 0))
+    path = Path(data.open().name(7))
+    path.write_bytes(as_file(big, "JPEG"))
+    whole = joined(take(data.once(sharding()), 9))
+    assert whole["weight"][:18].all()
+    assert abs(whole["image"][7].mean((0, 1)) - (200, 0, 0)).max() < 3
+    for i, number in enumerate(numbers(data)):
+        assert i == 7 or abs(whole["image"][i].mean() - (3 * number + 20)) < 1
+
+
+MIXED = {
+    "a.jpg": ("JPEG", "RGB"),
+    "grey.jpeg": ("JPEG", "L"),
+    "cmyk.JPG": ("JPEG", "CMYK"),
+    "one/b.png": ("PNG", "RGB"),
+    "one/grey.png": ("PNG", "L"),
+    "one/two/rgba.png": ("PNG", "RGBA"),
+    "one/two/palette.png": ("PNG", "P"),
+    "one/two/sixteen.png": ("PNG", "I;16"),
+    "one/two/bits.png": ("PNG", "1"),
+    "c.gif": ("GIF", "P"),
+    "d.webp": ("WEBP", "RGB"),
+    "rgba.webp": ("WEBP", "RGBA"),
+    "e.bmp": ("BMP", "RGB"),
+    "really_a_png.jpg": ("PNG", "RGB"),
+    "really_a_jpeg.png": ("JPEG", "RGB"),
+    "really_a_gif.jpg": ("GIF", "P"),
+    "really_a_webp.png": ("WEBP", "RGB"),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tree_of_all_kinds_of_files(channels, tmp_path, caplog):
+    for i, (place, (fmt, mode)) in enumerate(MIXED.items()):
+        grey = np.full((30 + i, 40), 250, np.uint8)
+        image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / place, fmt)
+    (tmp_path / "readme.txt").write_text("not a picture")
+    data = folder(tmp_path, channels=channels)
+    whole = joined(take(data.once(sharding()), 9))
+    assert whole["weight"].sum() == len(MIXED) and not complaints(caplog)
+    assert whole["image"].shape[1:] == (16, 16, channels)
+    assert (np.abs(whole["image"][: len(MIXED)].astype(int) - 250) <= 5).all()
+    random = folder(tmp_path, channels=channels, **AUGMENTED)
+    assert all(batch["weight"].all() for batch in take(random.shuffled(0, 0, sharding()), 4))
+
+
+def test_tfds_images_have_their_labels(tfds_dir):
+    data = Dataset(
+        source="tfds",
+        name="mini_pictures",
+        data_dir=tfds_dir,
+        batch_size=8,
+        image_size=(5, 7),
+        channels=1,
+        split="train",
+    )
+    whole = joined(take(data.once(sharding()), 9))
+    kept = whole["weight"] == 1
+    assert sorted(whole["label"][kept]) == list(range(20))
+    assert (whole["image"][kept] == 10 * whole["label"][kept][:, None, None, None]).all()
+
+
+def test_settings_may_be_lists_as_in_a_config_read_from_json():
+    plain = Dataset(**SYNTHETIC, batch_size=8, **AUGMENTED)
+    lists = Dataset(
+        **SYNTHETIC | {"image_size": [8, 12]},
+        batch_size=8,
+        **AUGMENTED,
+        scale=list(plain.scale),
+        ratio=list(plain.ratio),
+    )
+    a, b = (take(data.shuffled(0, 0, sharding()), 1)[0] for data in (plain, lists))
+    assert same(a, b)

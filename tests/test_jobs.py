@@ -1,0 +1,624 @@
+"""Whole jobs from their command line: what they write, how they stop and go on, what they read back."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+import mae_jax
+from mae_jax.__main__ import main
+from mae_jax.config import load
+from mae_jax.data.sources import digits
+from mae_jax.errors import CheckpointError
+from mae_jax.jobs import models, pretrain
+from mae_jax.model import masking
+from mae_jax.training import metrics
+from mae_jax.training.sharding import batch_sharding, make_mesh
+
+TINY = "--config=configs/pretrain.py:digits,tiny"
+STEPS = 10
+# 40 images in batches of 8: an epoch is 5 steps, so that the run crosses into a second one
+SHORT = (
+    *(f"--config.train.steps={STEPS}", "--config.data.split=train[:40]", "--config.data.held_out=test[:20]"),
+    *("--config.eval.every=5", "--config.pictures.every=5", "--config.checkpoint.every=5"),
+)
+TIMINGS = {"train/images_per_second", "perf/data_wait_fraction"}
+VISIBLE_GREY = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Runs here repeat the same programs: keep what is compiled."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
+def pretraining(workdir, *arguments, config=TINY):
+    return main(["pretrain", config, f"--workdir={workdir}", *arguments])
+
+
+def reconstruction(init, workdir, *arguments):
+    config = "--config=configs/reconstruct.py"
+    return main(["reconstruct", config, f"--workdir={workdir}", f"--config.init={init}", *arguments])
+
+
+def lines_of(workdir, drop=()):
+    return [{k: v for k, v in line.items() if k not in drop} for line in metrics.read(workdir / "metrics.jsonl")]
+
+
+def series(workdir, name):
+    return {line["step"]: line[name] for line in lines_of(workdir) if name in line}
+
+
+def state_of(workdir, step):
+    with ocp.PyTreeCheckpointer() as reader:
+        return jax.tree.map(np.asarray, reader.restore((workdir / "checkpoints" / str(step) / "state").absolute()))
+
+
+def assert_same_run(workdir, reference):
+    """The same metrics, bit for bit except for timings, and the same state: parameters, moments and step."""
+    assert lines_of(workdir, TIMINGS) == lines_of(reference, TIMINGS)
+    got, want = state_of(workdir, STEPS), state_of(reference, STEPS)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.tobytes() == w.tobytes()
+    for name in ("reconstructions/step_0.png", f"reconstructions/step_{STEPS}.png"):
+        assert (workdir / name).read_bytes() == (reference / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a finished run of ten steps on eight devices."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    assert pretraining(workdir, *SHORT) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pictured(trained, tmp_path_factory):
+    """The workdir of a reconstruct job on the held-out split."""
+    workdir = tmp_path_factory.mktemp("runs") / "pictures"
+    assert reconstruction(trained, workdir, "--config.count=5") == 0
+    return workdir
+
+
+def panels_of(path, side, rows):
+    """Take a picture apart again: uint8[rows,4,side,side,3] of original, masked, reconstruction, pasted."""
+    picture = np.asarray(Image.open(path))
+    zoom = max(1, round(112 / side))
+    gap, header, size = 4, 18, side * zoom
+    assert picture.shape == (header + rows * (size + gap), gap + 4 * (size + gap), 3)
+    return np.array(
+        [
+            [
+                picture[header + r * (size + gap) :, gap + c * (size + gap) :][:size:zoom, :size:zoom]
+                for c in range(4)
+            ]
+            for r in range(rows)
+        ]
+    )
+
+
+# Pre-training
+
+
+def test_a_run_leaves_everything_that_was_promised(trained):
+    assert {p.name for p in trained.iterdir()} == {
+        *("config.json", "metrics.jsonl", "summary.json", "reconstructions", "checkpoints", "tensorboard"),
+    }
+    config = json.loads((trained / "config.json").read_text())
+    assert config["train"]["steps"] == STEPS
+    assert config["data"]["held_out"] == "test[:20]"
+    assert {p.name for p in (trained / "reconstructions").iterdir()} == {"step_0.png", "step_5.png", "step_10.png"}
+    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"5", "10"}, "two are kept"
+    for step in ("5", "10"):
+        assert json.loads((trained / "checkpoints" / step / "config" / "config.json").read_text()) == config
+    assert len(list((trained / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
+def test_metrics_are_there_at_every_step_that_was_asked_for(trained):
+    assert list(series(trained, "train/loss")) == list(range(1, STEPS + 1))
+    assert list(series(trained, "train/learning_rate")) == list(range(1, STEPS + 1))
+    assert list(series(trained, "train/grad_norm")) == list(range(1, STEPS + 1))
+    assert list(series(trained, "train/images_per_second")) == list(range(2, STEPS + 1)), "the first step compiles"
+    assert list(series(trained, "eval/loss")) == list(series(trained, "eval/baseline_loss")) == [0, 5, 10]
+    assert [line["step"] for line in lines_of(trained)] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    assert all(np.isfinite(value) for line in lines_of(trained) for value in line.values())
+    assert all(rate > 0 for rate in series(trained, "train/images_per_second").values())
+    assert all(0 <= part <= 1 for part in series(trained, "perf/data_wait_fraction").values())
+    shape = [step / 5 if step < 5 else 0.5 + 0.5 * np.cos(np.pi * (step - 5) / 5) for step in range(STEPS)]
+    rates = list(series(trained, "train/learning_rate").values())
+    assert rates == pytest.approx([2e-3 * 8 / 256 * part for part in shape], rel=1e-5)
+
+
+def test_summary_tells_what_was_done_and_with_what(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["job"] == "pretrain"
+    assert (summary["steps"], summary["images_seen"]) == (STEPS, STEPS * 8)
+    assert summary["wall_time_seconds"] > 0
+    assert (summary["device"], summary["device_count"]) == ("cpu", 8)
+    assert summary["versions"]["jax"] == jax.__version__
+    assert summary["versions"]["mae_jax"] == mae_jax.__version__
+    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/baseline_loss"):
+        assert summary["metrics"][name] == series(trained, name)[STEPS]
+
+
+def test_the_baseline_is_that_of_position_means_over_the_training_images(trained):
+    """Computed again in NumPy, under the masks of the evaluation."""
+    config = mae_jax.load_config(trained)
+    read = lambda split: digits(split=split).read(np.arange(digits(split=split).size))[0]  # noqa: E731
+    # eval.images = 16 of each split
+    train, held_out = (patches_of(standard(read(s)[:16], config), 2) for s in (config.data.split, config.data.held_out))
+    eval_key = jax.random.split(jax.random.key(config.seed), 3)[2]
+    errors = []
+    for i in range(2):
+        mask = masking.sample(jax.random.fold_in(eval_key, i), 8, (4, 4), **config.mask)
+        for image, hidden in zip(held_out[8 * i : 8 * i + 8], np.asarray(mask.hidden), strict=True):
+            errors.append(np.mean((train.mean(axis=0)[hidden] - image[hidden]) ** 2))
+    assert series(trained, "eval/baseline_loss")[STEPS] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def standard(images, config):
+    return (images / 255.0 - np.array(config.pixels.mean)) / np.array(config.pixels.std)
+
+
+def patches_of(images, side):
+    """Cut float64[N,H,W,C] into [N,L,P*P*C], one patch at a time."""
+    _, height, width, _ = images.shape
+    return np.stack(
+        [
+            images[:, top : top + side, left : left + side].reshape(len(images), -1)
+            for top in range(0, height, side)
+            for left in range(0, width, side)
+        ],
+        axis=1,
+    )
+
+
+def test_a_finished_run_says_so_and_rewrites_nothing(trained, capsys):
+    def everything():
+        files = [p for p in trained.rglob("*") if p.is_file()]
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+    before = everything()
+    assert pretraining(trained, *SHORT) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert everything() == before
+
+
+def stop_after(monkeypatch, step, signum):
+    """Send a signal when the scalars of `step` are written."""
+    log = metrics.Progress.log
+
+    def log_and_stop(self, at, scalars):
+        log(self, at, scalars)
+        if at == step:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(metrics.Progress, "log", log_and_stop)
+
+
+def test_ten_steps_equal_five_a_stop_two_more_another_stop_and_three_more(trained, tmp_path, monkeypatch, capsys):
+    only_at_the_end = "--config.checkpoint.every=0"
+    for step, signum, code in ((5, signal.SIGTERM, 143), (7, signal.SIGINT, 130)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step, signum)
+            assert pretraining(tmp_path, *SHORT, only_at_the_end) == code
+        out, err = capsys.readouterr()
+        assert err == f"mae-jax: stopped at step {step}; the same command goes on from there\n"
+        assert (tmp_path / "checkpoints" / str(step)).is_dir()
+        assert not (tmp_path / "summary.json").exists()
+    assert pretraining(tmp_path, *SHORT, only_at_the_end) == 0
+    assert "resuming from step 7 of 10" in capsys.readouterr().out
+    assert_same_run(tmp_path, trained)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["steps"], summary["images_seen"]) == (STEPS, STEPS * 8)
+
+
+def test_kill_9_at_a_random_moment_and_the_same_command_again_give_the_same_run(trained, tmp_path, capsys):
+    moment = random.Random()
+    lines, delay = moment.randrange(1, 12), moment.uniform(0, 0.2)
+    print(f"killed {delay:.3f} s after line {lines} of metrics.jsonl")
+    every_step = "--config.checkpoint.every=1"
+    command = [sys.executable, "-m", "mae_jax", "pretrain", TINY, f"--workdir={tmp_path}", *SHORT, every_step]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    log = (tmp_path.parent / "killed.txt").open("w+")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while len(metrics.read(tmp_path / "metrics.jsonl")) < lines and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    code = process.wait()
+    log.seek(0)
+    assert code == -signal.SIGKILL, log.read()
+    log.close()
+    assert pretraining(tmp_path, *SHORT, every_step) == 0
+    assert_same_run(tmp_path, trained)
+
+
+def test_losses_on_1_and_8_devices_agree(trained, tmp_path):
+    assert pretraining(tmp_path, *SHORT, "--config.mesh.data=1") == 0
+    for name in ("train/loss", "eval/loss", "eval/baseline_loss"):
+        one, eight = series(tmp_path, name), series(trained, name)
+        assert one == pytest.approx(eight, rel=1e-6), name
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["device_count"] == 1, "the devices that were used"
+
+
+def test_masks_are_the_same_on_1_and_8_devices_and_differ_between_samples_and_steps(trained):
+    config = mae_jax.load_config(trained)
+    model, target = models.build(config)
+    params = mae_jax.load(trained)[1]
+
+    def masks(devices, step):
+        mesh = make_mesh(data=devices)
+        batch = {"image": jax.device_put(np.zeros((8, 8, 8, 1), np.uint8), batch_sharding(mesh))}
+        placed = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        f = jax.jit(lambda p, b, key: pretrain.hidden_patches(model, target, config, p, b, key)[2])
+        return jax.device_get(f(placed, batch, jax.random.fold_in(jax.random.key(1), step)))
+
+    one, eight, later = masks(1, 3), masks(8, 3), masks(8, 4)
+    np.testing.assert_array_equal(one.visible, eight.visible)
+    np.testing.assert_array_equal(one.hidden, eight.hidden)
+    assert len({tuple(sorted(row)) for row in eight.visible}) > 1
+    assert not np.array_equal(eight.visible, later.visible)
+    for row in np.concatenate([eight.visible, eight.hidden], axis=1):
+        assert sorted(row) == list(range(16))
+
+
+OVERFIT = (
+    *("--config.train.steps=300", "--config.data.split=train[:16]", "--config.data.held_out=train[:16]"),
+    *("--config.data.batch_size=16", "--config.optim.base_learning_rate=0.1", "--config.optim.weight_decay=0.0"),
+    *("--config.eval.every=0", "--config.pictures.every=0", "--config.checkpoint.every=0", "--config.mesh.data=1"),
+)
+
+
+def test_a_small_set_is_learnt_by_heart(tmp_path, capsys):
+    assert pretraining(tmp_path, *OVERFIT) == 0
+    loss, baseline = (series(tmp_path, f"eval/{name}")[300] for name in ("loss", "baseline_loss"))
+    assert loss < 0.3 * baseline
+    assert f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param((TINY,), id="tiny"),
+        pytest.param(("--config=configs/pretrain.py:digits",), id="digits", marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_and_float32_agree_to_2_percent_over_50_steps(arguments, tmp_path):
+    (config,) = arguments
+    ends = [f"--config.{group}.every=0" for group in ("eval", "pictures", "checkpoint")]
+    run = ["--config.train.steps=50", "--config.log.every=1", "--config.mesh.data=1", *ends]
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        assert pretraining(tmp_path / dtype, *run, f"--config.dtype={dtype}", config=config) == 0
+        losses[dtype] = series(tmp_path / dtype, "train/loss")
+    assert list(losses["float32"]) == list(range(1, 51))
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"], "so it did compute in bfloat16"
+    assert losses["float32"][50] < losses["float32"][1], "and it did train"
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state_of(tmp_path / "bfloat16", 50)))
+
+
+@pytest.mark.slow
+def test_the_quickstart_beats_the_baseline_as_promised(tmp_path):
+    assert pretraining(tmp_path, config="--config=configs/pretrain.py:digits") == 0
+    final = json.loads((tmp_path / "summary.json").read_text())["metrics"]
+    assert final["eval/loss"] <= 0.7 * final["eval/baseline_loss"]
+
+
+def copy_of(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_another_architecture_is_refused_with_all_differences(trained, capsys):
+    before = (trained / "config.json").read_bytes()
+    other = ("--config.encoder.width=64", "--config.decoder.depth=2", "--config.target.name=normalized_pixels")
+    assert pretraining(trained, *SHORT, *other) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3
+    assert "config.decoder.depth: 1 in" in told[0] and "now 2" in told[0]
+    assert "config.encoder.width: 32 in" in told[1] and "now 64" in told[1]
+    assert "config.target.name: pixels in" in told[2] and "now normalized_pixels" in told[2]
+    assert all("new --workdir" in line for line in told)
+    assert (trained / "config.json").read_bytes() == before
+
+
+def test_another_order_of_the_data_is_refused(trained, capsys):
+    other = ("--config.data.split=train[:48]", "--config.seed=1", "--config.data.batch_size=16")
+    assert pretraining(trained, *SHORT, *other) == 2
+    told = capsys.readouterr().err
+    for key in ("config.data.split", "config.seed", "config.data.batch_size"):
+        assert key in told
+
+
+def test_a_finished_run_can_be_made_longer(trained, tmp_path, capsys):
+    workdir = copy_of(trained, tmp_path)
+    assert pretraining(workdir, *SHORT, "--config.train.steps=12") == 0
+    out = capsys.readouterr().out
+    assert "changed: config.train.steps: 10 in" in out and "now 12" in out
+    assert "resuming from step 10 of 12" in out
+    assert list(series(workdir, "train/loss")) == list(range(1, 13))
+    assert lines_of(workdir)[:13] == lines_of(trained)
+    assert json.loads((workdir / "summary.json").read_text())["steps"] == 12
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 12
+    assert (workdir / "reconstructions" / "step_12.png").is_file()
+    assert (workdir / "checkpoints" / "12").is_dir()
+
+
+# Reconstruction
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.85])
+@pytest.mark.parametrize("init", ["", "checkpoints/5"], ids=["workdir", "checkpoint"])
+def test_reconstruct_leaves_a_picture_and_the_loss_of_every_image(init, ratio, trained, tmp_path, capsys):
+    assert reconstruction(trained / init, tmp_path, f"--config.mask.ratio={ratio}", "--config.count=3") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["init"] == str(trained / init)
+    assert results["mask"] == {"name": "random", "ratio": ratio}
+    losses = list(results["loss_by_image"].values())
+    assert results["examples"] == len(losses) == 3
+    assert results["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert json.loads((tmp_path / "config.json").read_text())["mask"]["ratio"] == ratio
+    picture = tmp_path / "reconstructions" / f"ratio_{ratio}.png"
+    masked = panels_of(picture, 8, 3)[:, 1]
+    hidden = (masked == VISIBLE_GREY).all(axis=-1).sum(axis=(1, 2)) / 4
+    assert (hidden >= 16 - masking.visible_count(16, ratio)).all()
+    out = capsys.readouterr().out
+    assert f"{results['loss']:.4f}" in out and str(picture) in out
+
+
+def test_reconstruct_reads_the_checkpoint_that_is_named(trained, tmp_path):
+    for name in ("5", "10"):
+        assert reconstruction(trained / "checkpoints" / name, tmp_path / name, "--config.count=3") == 0
+    assert reconstruction(trained, tmp_path / "newest", "--config.count=3") == 0
+    losses = {p.name: json.loads((p / "results.json").read_text())["loss"] for p in tmp_path.iterdir()}
+    assert losses["newest"] == losses["10"] != losses["5"]
+
+
+def test_visible_patches_are_pasted_exactly_and_hidden_ones_are_the_reconstruction(pictured):
+    original, masked, rebuilt, pasted = panels_of(pictured / "reconstructions" / "ratio_0.75.png", 8, 5).swapaxes(0, 1)
+    images, _ = digits(split="test[:20]").read(np.arange(5))
+    np.testing.assert_array_equal(original, images.repeat(3, axis=-1))
+    mask = masking.sample(jax.random.key(0), 5, (4, 4), ratio=0.75)
+    hidden = np.asarray(mask.removed, bool).reshape(5, 4, 4).repeat(2, axis=1).repeat(2, axis=2)
+    assert (hidden.sum(axis=(1, 2)) == 12 * 4).all()
+    assert (masked[hidden] == VISIBLE_GREY).all()
+    np.testing.assert_array_equal(masked[~hidden], original[~hidden])
+    np.testing.assert_array_equal(pasted[~hidden], original[~hidden])
+    np.testing.assert_array_equal(pasted[hidden], rebuilt[hidden])
+    assert (rebuilt[~hidden] != original[~hidden]).any(), "the reconstruction is the model's, of visible patches too"
+
+
+def check_losses(workdir, results, images, seed=0, ratio=0.75):
+    """Compare the losses of a reconstruct job with the formula in NumPy, from the model's predictions."""
+    config = mae_jax.load_config(workdir)
+    model, params = mae_jax.load(workdir)
+    side = config.encoder.patch_size
+    mask = masking.sample(jax.random.key(seed), len(images), [s // side for s in config.data.image_size], ratio=ratio)
+    x = standard(images, config)
+    pred = np.asarray(model.apply({"params": params}, jnp.float32(x), mask, every_patch=True), np.float64)
+    want = patches_of(x, side)
+    if config.target.name == "normalized_pixels":
+        deviation = np.sqrt(want.var(axis=-1, ddof=1, keepdims=True) + 1e-6)
+        want = (want - want.mean(axis=-1, keepdims=True)) / deviation
+    removed = np.asarray(mask.removed)
+    losses = (removed * ((pred - want) ** 2).mean(axis=-1)).sum(axis=1) / removed.sum(axis=1)
+    assert list(results["loss_by_image"].values()) == pytest.approx(losses.tolist(), rel=2e-5)
+
+
+def test_losses_of_pixels_are_the_formula(trained, pictured):
+    results = json.loads((pictured / "results.json").read_text())
+    assert list(results["loss_by_image"]) == [f"test[:20] image {i}" for i in range(5)]
+    check_losses(trained, results, digits(split="test[:20]").read(np.arange(5))[0])
+
+
+def test_image_files_of_several_formats_can_be_named(trained, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = digits(split="test[:20]").read(np.arange(1))[0][0]
+    grey = Image.fromarray(image[..., 0])
+    grey.save(folder / "exact.png")
+    grey.save(folder / "exact.bmp")
+    grey.resize((31, 17)).convert("RGB").save(folder / "wide.jpg")
+    grey.resize((17, 31)).convert("CMYK").save(folder / "cmyk.jpeg")
+    grey.convert("RGBA").save(folder / "alpha.png")
+    grey.save(folder / "exact.webp", lossless=True)
+    grey.save(folder / "still.gif")
+    named = f"{folder}/*.png, {folder}/exact.bmp,{folder}/*.jp*g,{folder}/exact.webp,{folder}/still.gif"
+    assert reconstruction(trained, tmp_path / "out", f"--config.images={named}", "--config.seed=4") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    order = ("alpha.png", "exact.png", "exact.bmp", "cmyk.jpeg", "wide.jpg", "exact.webp", "still.gif")
+    assert list(results["loss_by_image"]) == [str(folder / name) for name in order]
+    panels = panels_of(tmp_path / "out" / "reconstructions" / "ratio_0.75.png", 8, 7)
+    for name in ("alpha.png", "exact.png", "exact.bmp", "exact.webp", "still.gif"):
+        np.testing.assert_array_equal(panels[order.index(name), 0], image.repeat(3, axis=-1), err_msg=name)
+    check_losses(trained, results, panels[:, 0, :, :, :1], seed=4)
+
+
+def test_an_unreadable_image_file_is_left_out_and_none_at_all_is_an_error(trained, tmp_path, capsys, caplog):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.new("L", (8, 8), 77).save(good)
+    bad.write_bytes(good.read_bytes()[:40])
+    assert reconstruction(trained, tmp_path / "out", f"--config.images={bad},{good}") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["loss_by_image"]) == [str(good)]
+    assert str(bad) in caplog.text
+    assert reconstruction(trained, tmp_path / "none", f"--config.images={bad}") == 3
+    assert str(bad) in capsys.readouterr().err
+
+
+def test_reconstruct_into_the_workdir_of_a_run_does_not_spoil_the_run(trained, tmp_path, capsys):
+    workdir = copy_of(trained, tmp_path)
+    code = reconstruction(workdir, workdir, "--config.count=2")
+    assert code in (0, 2)
+    assert json.loads((workdir / "config.json").read_text()) == json.loads((trained / "config.json").read_text())
+    assert pretraining(workdir, *SHORT) == 0
+    assert "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside", [None, "checkpoints"])
+def test_a_path_without_a_checkpoint_ends_in_one_line_and_exit_code_4(inside, tmp_path, capsys):
+    init = tmp_path / "nowhere"
+    if inside:
+        (init / inside).mkdir(parents=True)
+    assert reconstruction(init, tmp_path / "out") == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mae-jax: {init}: no checkpoint here")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError):
+        mae_jax.load(init)
+
+
+# From Python
+
+
+def test_load_gives_the_model_with_the_parameters_of_its_last_step(trained):
+    model, params = mae_jax.load(trained)
+    stored = state_of(trained, STEPS)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, stored)
+    before = state_of(trained, 5)["params"]
+    _, earlier = mae_jax.load(str(trained / "checkpoints" / "5"))
+    jax.tree.map(np.testing.assert_array_equal, earlier, before)
+    images = mae_jax.normalize(digits(split="test").read(np.arange(3))[0], **mae_jax.load_config(trained).pixels)
+    mask = masking.sample(jax.random.key(0), 3, (4, 4))
+    assert model.apply({"params": params}, images, mask).shape == (3, 12, 4)
+
+
+def test_load_encoder_gives_the_tokens_of_the_model_itself(trained):
+    images = mae_jax.normalize(digits(split="test").read(np.arange(3))[0], **mae_jax.load_config(trained).pixels)
+    encoder, params = mae_jax.load_encoder(trained)
+    tokens = encoder.apply({"params": params}, images)
+    assert (tokens.shape, tokens.dtype) == ((3, 1 + 16, 32), jnp.float32)
+    model, whole = mae_jax.load(trained)
+    own = model.apply({"params": whole}, images, method=lambda mae, x: mae.encoder(x))
+    np.testing.assert_array_equal(tokens, own)
+    visible = jnp.tile(jnp.arange(16)[None], (3, 1))
+    np.testing.assert_allclose(encoder.apply({"params": params}, images, visible), tokens, atol=1e-6)
+    assert np.asarray(tokens).std() > 0.1
+
+
+def test_the_config_in_a_checkpoint_is_enough_to_load_it_from_elsewhere(trained, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained / "checkpoints" / "10", moved)
+    model, params = mae_jax.load(moved)
+    jax.tree.map(np.testing.assert_array_equal, params, mae_jax.load(trained)[1])
+    assert model == mae_jax.load(trained)[0]
+
+
+# A folder of all sorts of files
+
+
+def fill(root):
+    """Write 24 good images of many kinds, one truncated file and one that is no image; returns the truncated one."""
+    rng = np.random.default_rng(0)
+
+    def picture(size=(40, 30), mode="RGB"):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+        return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+    (root / "animals" / "cats").mkdir(parents=True)
+    (root / "plants").mkdir()
+    for i in range(15):
+        picture((40 + i, 30)).save(root / "animals" / "cats" / f"{i}.JPG", format="JPEG")
+    picture().save(root / "colour.png")
+    picture(mode="L").save(root / "grey.png")
+    picture(mode="L").save(root / "animals" / "grey.jpeg")
+    picture(mode="CMYK").save(root / "plants" / "cmyk.jpg")
+    picture(mode="RGBA").save(root / "plants" / "alpha.png")
+    Image.fromarray(rng.integers(0, 2**16, (30, 40), np.uint16)).save(root / "plants" / "sixteen.png")
+    frames = [picture(mode="P") for _ in range(3)]
+    frames[0].save(root / "plants" / "moving.gif", save_all=True, append_images=frames[1:])
+    picture().save(root / "plants" / "web.webp")
+    picture().save(root / "plants" / "truly_a_png.jpg", format="PNG")
+    (root / "plants" / "notes.txt").write_text("not an image, and not looked at")
+    truncated = root / "plants" / "truncated.jpg"
+    picture((200, 200)).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:1500])
+    return truncated
+
+
+@pytest.fixture(scope="module")
+def from_folder(tmp_path_factory):
+    """A run over such a folder: its workdir, the truncated file, and what was logged."""
+    root, workdir = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("runs") / "folder"
+    truncated = fill(root)
+    arguments = [
+        *("--config.data.source=folder", f"--config.data.path={root}", "--config.data.split=all"),
+        *("--config.data.held_out=all", "--config.data.image_size=(32, 32)", "--config.encoder.patch_size=8"),
+        *("--config.eval.images=25", "--config.train.steps=7", "--config.pictures.count=25"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        told = []
+        patch.setattr("logging.warning", lambda message, *values: told.append(message % values))
+        code = pretraining(workdir, *arguments, config="--config=configs/pretrain.py:folder,tiny")
+    return code, workdir, truncated, told
+
+
+def test_a_folder_of_all_sorts_of_files_trains_and_the_truncated_one_is_named(from_folder):
+    code, workdir, truncated, told = from_folder
+    assert code == 0
+    assert list(series(workdir, "train/loss")) == list(range(1, 8))
+    assert all(np.isfinite(value) for line in lines_of(workdir) for value in line.values())
+    assert told
+    assert all(str(truncated) in line for line in told), "all others can be read"
+    assert len(told) >= 1 + 1 + 2 + 2, "for the pictures, the baseline, two epochs and two evaluations"
+    assert len(panels_of(workdir / "reconstructions" / "step_7.png", 32, 24)) == 24
+
+
+def test_losses_of_normalized_pixels_are_the_formula(from_folder, tmp_path):
+    _, workdir, truncated, _ = from_folder
+    assert reconstruction(workdir, tmp_path, "--config.count=25", "--config.mask.ratio=0.5") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["loss_by_image"]) == 24
+    assert str(truncated) not in results["loss_by_image"]
+    original, _, rebuilt, _ = panels_of(tmp_path / "reconstructions" / "ratio_0.5.png", 32, 24).swapaxes(0, 1)
+    check_losses(workdir, results, original, ratio=0.5)
+
+
+def test_a_normalized_target_is_drawn_with_mean_and_deviation_of_the_true_patch(from_folder, tmp_path):
+    """A model that predicts nothing but the patch mean must draw the patch mean."""
+    _, workdir, *_ = from_folder
+    config = mae_jax.load_config(workdir)
+    model, target = models.build(config)
+    params = jax.tree.map(np.array, mae_jax.load(workdir)[1])
+    params["decoder"]["head"] = jax.tree.map(np.zeros_like, params["decoder"]["head"])
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    mask = masking.sample(jax.random.key(0), 2, (4, 4))
+    from mae_jax.jobs.reconstruct import make_panels
+
+    panels, loss = make_panels(model, target, config)(params, images, mask)
+    x = patches_of(standard(images, config), 8)
+    means = np.broadcast_to(x.mean(axis=-1, keepdims=True), x.shape).reshape(2, 4, 4, 8, 8, 3)
+    means = means.transpose(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 3)
+    want = np.clip((means * np.array(config.pixels.std) + np.array(config.pixels.mean)) * 255, 0, 255)
+    assert np.abs(np.asarray(panels)[:, 2] - want).max() <= 0.5 + 1e-3
+    assert np.asarray(loss) == pytest.approx(191 / 192, rel=1e-3), "the variance of standardised patches, over n"
+
+
+def test_load_of_a_config_written_on_the_command_line(trained):
+    config = load("configs/pretrain.py:digits,tiny", SHORT)
+    stored = mae_jax.load_config(trained)
+    assert stored.train.steps == config.train.steps == STEPS

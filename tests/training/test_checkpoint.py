@@ -1,0 +1,272 @@
+"""Checkpoints come back bit for bit, on any mesh, or not at all and with the reason."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mae_jax.errors import CheckpointError
+from mae_jax.training import checkpoint
+from mae_jax.training.checkpoint import Checkpoints
+from mae_jax.training.loop import State
+from mae_jax.training.sharding import make_mesh
+
+CONFIG = {"data": {"image_size": [8, 8], "name": ""}, "seed": 3, "eval": {"images": None}, "lr": 1.5e-4}
+PARAMS = {
+    "encoder": {"kernel": (16, 4), "bias": (8,), "block_0": {"scale": (8,)}},
+    "decoder": {"mask_token": (1, 1, 8)},
+}
+
+
+def make_state(seed=0, step=0):
+    """A state of random bits: any float32 there is, NaN, infinities and denormals too."""
+    rng = np.random.default_rng(seed)
+
+    def bits(shape):
+        return rng.integers(0, 2**32, shape, np.uint32).view(np.float32)
+
+    params = jax.tree.map(bits, PARAMS, is_leaf=lambda x: isinstance(x, tuple))
+    opt_state = optax.adamw(1e-3).init(jax.tree.map(jnp.asarray, params))
+    opt_state = jax.tree.map(lambda x: bits(x.shape) if x.dtype == jnp.float32 else x, opt_state)
+    return State(step=np.int32(step), params=params, opt_state=opt_state)
+
+
+def place(state, mesh, split):
+    """`state` on `mesh`: a copy on every device, or, with `split`, the first axis spread where 8 divides it."""
+
+    def sharding(x):
+        return NamedSharding(mesh, PartitionSpec("data") if split and x.ndim and x.shape[0] % 8 == 0 else PartitionSpec())
+
+    return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), state)
+
+
+def shapes_of(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same_bits(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        g, w = np.asarray(g), np.asarray(w)
+        assert g.dtype == w.dtype
+        np.testing.assert_array_equal(g.view(np.uint32), w.view(np.uint32))
+
+
+def saved(workdir, *steps, config=CONFIG, **options):
+    """Save a state for each step; returns the last."""
+    checkpoints = Checkpoints(workdir, config, **options)
+    for step in steps:
+        state = place(make_state(step, step), make_mesh(data=1), split=False)
+        checkpoints.save(state, step)
+    checkpoints.close()
+    return state
+
+
+def steps_in(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    state = saved(tmp_path, 7)
+    again = Checkpoints(tmp_path, CONFIG)
+    assert again.latest_step == 7
+    restored = again.restore(shapes_of(state))
+    again.close()
+    assert isinstance(restored, State)
+    assert_same_bits(restored, state)
+
+
+def test_saving_does_not_wait_and_does_not_see_later_steps(tmp_path):
+    """The train step overwrites the memory of the state that is still being written."""
+    state = place(make_state(), make_mesh(), split=False)
+    want = jax.device_get(state)
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    checkpoints.save(state, 1)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    after = jax.block_until_ready(overwrite(state))
+    checkpoints.close()
+    again = Checkpoints(tmp_path, CONFIG)
+    assert_same_bits(again.restore(shapes_of(after)), want)
+    again.close()
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["copies", "split"])
+def test_a_state_moves_from_8_devices_to_1_and_on_to_4_bit_for_bit(split, tmp_path):
+    state = place(make_state(), make_mesh(data=8), split)
+    if split:
+        assert state.params["encoder"]["kernel"].addressable_shards[0].data.shape == (2, 4)
+    for step, devices in enumerate((1, 4)):
+        writer = Checkpoints(tmp_path, CONFIG)
+        writer.save(state, step)
+        writer.close()
+        target = shapes_of(place(make_state(1), make_mesh(data=devices), split))
+        reader = Checkpoints(tmp_path, CONFIG)
+        state = reader.restore(target)
+        reader.close()
+        assert_same_bits(state, make_state())
+        assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, target)
+        assert len(state.params["encoder"]["kernel"].addressable_shards) == devices
+
+
+def test_the_latest_are_kept_and_the_multiples_for_good(tmp_path):
+    saved(tmp_path, *range(1, 12), keep=2, keep_every=4)
+    assert steps_in(tmp_path) == [4, 8, 10, 11]
+
+
+def test_without_multiples_only_the_latest_are_kept(tmp_path):
+    saved(tmp_path, *range(6), keep=1)
+    assert steps_in(tmp_path) == [5]
+
+
+def test_what_is_kept_holds_across_restarts(tmp_path):
+    saved(tmp_path, 1, 2, 3, 4, keep=2, keep_every=2)
+    saved(tmp_path, 5, 6, 7, keep=2, keep_every=2)
+    assert steps_in(tmp_path) == [2, 4, 6, 7]
+
+
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
+    first = saved(tmp_path, 5)
+    again = Checkpoints(tmp_path, CONFIG)
+    again.save(jax.tree.map(jnp.zeros_like, first), 5)
+    again.close()
+    reader = Checkpoints(tmp_path, CONFIG)
+    assert_same_bits(reader.restore(shapes_of(first)), first)
+    reader.close()
+
+
+def test_a_checkpoint_cut_short_by_a_crash_is_not_seen_and_swept_away(tmp_path):
+    state = saved(tmp_path, 3)
+    cut = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    (cut / "state").mkdir(parents=True)
+    (cut / "state" / "manifest").write_bytes(b"half")
+    assert checkpoint.locate(tmp_path).name == "3"
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    assert checkpoints.latest_step == 3
+    assert_same_bits(checkpoints.restore(shapes_of(state)), state)
+    checkpoints.close()
+    assert not cut.exists()
+
+
+def test_a_run_without_checkpoints_has_no_latest_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    assert checkpoints.latest_step is None
+    checkpoints.close()
+
+
+def test_every_difference_is_listed_with_names_shapes_and_dtypes(tmp_path):
+    state = saved(tmp_path, 2)
+    other = state.replace(params=jax.tree.map(lambda x: x, state.params))  # copies the dicts
+    encoder = other.params["encoder"]
+    encoder["kernel"] = jnp.zeros((16, 6))
+    encoder["bias"] = jnp.zeros(8, jnp.bfloat16)
+    encoder["new"] = jnp.zeros(3)
+    del other.params["decoder"]
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(shapes_of(other))
+    checkpoints.close()
+    assert caught.value.exit_code == 4
+    told = caught.value.problems
+    assert all(str(tmp_path / "checkpoints" / "2") in line for line in told)
+
+    def line_about(name):
+        (line,) = [line for line in told if name in line]
+        return line
+
+    assert len(told) == 4
+    kernel, bias = line_about("params/encoder/kernel"), line_about("params/encoder/bias")
+    assert "(16, 4)" in kernel and "(16, 6)" in kernel
+    assert "float32" in bias and "bfloat16" in bias
+    assert "no params/encoder/new" in line_about("params/encoder/new")
+    assert "unknown params/decoder/mask_token" in line_about("params/decoder/mask_token")
+
+
+def test_another_optimizer_is_a_difference(tmp_path):
+    state = saved(tmp_path, 2)
+    other = state.replace(opt_state=optax.sgd(1e-3, momentum=0.9).init(state.params))
+    other = place(other, make_mesh(data=1), split=False)
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    with pytest.raises(CheckpointError, match="opt_state/0/mu/encoder/kernel"):
+        checkpoints.restore(shapes_of(other))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("part", [("encoder",), ("decoder",), ("encoder", "decoder")], ids="+".join)
+def test_parameters_alone_or_a_part_of_them_can_be_read(part, tmp_path):
+    state = saved(tmp_path, 4, 12)
+    abstract = {name: jax.eval_shape(lambda name=name: state.params[name]) for name in part}
+    params = checkpoint.load_params(tmp_path, abstract)
+    assert_same_bits(params, {name: state.params[name] for name in part})
+    assert {leaf.device for leaf in jax.tree.leaves(params)} == {jax.devices()[0]}
+
+
+def test_parameters_of_a_run_on_8_devices_are_read_onto_one(tmp_path):
+    state = place(make_state(), make_mesh(), split=True)
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    checkpoints.save(state, 1)
+    checkpoints.close()
+    assert_same_bits(checkpoint.load_params(tmp_path, jax.eval_shape(lambda: state.params)), state.params)
+
+
+def test_parameters_that_are_not_there_or_differ_are_refused(tmp_path):
+    state = saved(tmp_path, 4)
+    wanted = {
+        "encoder": {
+            "kernel": jax.ShapeDtypeStruct((16, 4), jnp.bfloat16),
+            "bias": jax.ShapeDtypeStruct((9,), jnp.float32),
+            "block_1": {"scale": jax.ShapeDtypeStruct((8,), jnp.float32)},
+        }
+    }
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_params(tmp_path / "checkpoints" / "4", wanted)
+    told = sorted(line.partition(": ")[2] for line in caught.value.problems)
+    assert told == [
+        "no params/encoder/block_1/scale ((8,), 'float32')",
+        "params/encoder/bias is ((8,), 'float32'), not ((9,), 'float32')",
+        "params/encoder/kernel is ((16, 4), 'float32'), not ((16, 4), 'bfloat16')",
+    ]
+    del state
+
+
+def test_a_workdir_its_checkpoints_or_one_of_them_can_be_named(tmp_path):
+    saved(tmp_path, 9, 10, keep=5)
+    newest = tmp_path / "checkpoints" / "10"
+    assert checkpoint.locate(tmp_path) == newest, "by number, not by name"
+    assert checkpoint.locate(str(tmp_path / "checkpoints")) == newest
+    assert checkpoint.locate(newest) == newest
+    assert checkpoint.locate(tmp_path / "checkpoints" / "9").name == "9"
+
+
+def test_a_path_below_home_can_be_named(tmp_path, monkeypatch):
+    saved(tmp_path / "runs" / "a", 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkpoint.locate("~/runs/a") == tmp_path / "runs" / "a" / "checkpoints" / "1"
+
+
+@pytest.mark.parametrize("inside", [None, "checkpoints", "checkpoints/9", "checkpoints/best"], ids=str)
+def test_where_there_is_no_checkpoint_the_error_names_the_path(inside, tmp_path):
+    workdir = tmp_path / "run"
+    if inside:
+        (workdir / inside).mkdir(parents=True)
+    for path in (workdir, str(workdir)):
+        with pytest.raises(CheckpointError, match="no checkpoint here") as caught:
+            checkpoint.locate(path)
+        assert str(workdir) in caught.value.problems[0]
+        assert caught.value.exit_code == 4
+
+
+def test_stray_files_and_empty_folders_are_not_taken_for_checkpoints(tmp_path):
+    saved(tmp_path, 3)
+    (tmp_path / "checkpoints" / "99").mkdir()
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    assert checkpoint.locate(tmp_path).name == "3"
+
+
+def test_each_checkpoint_carries_its_config(tmp_path):
+    saved(tmp_path, 1)
+    saved(tmp_path, 2, config={**CONFIG, "seed": 4})
+    assert checkpoint.load_config(tmp_path / "checkpoints" / "1") == CONFIG
+    assert checkpoint.load_config(tmp_path) == {**CONFIG, "seed": 4}
+    assert (tmp_path / "checkpoints" / "1" / "config" / "config.json").is_file()

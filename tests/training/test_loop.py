@@ -1,0 +1,298 @@
+"""The loop's order is a contract, its steps can be replayed, and signals stop it only after saving."""
+
+import contextlib
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mae_jax.errors import Interrupted
+from mae_jax.training import optim
+from mae_jax.training.loop import State, create_state, fit, make_train_step, total_steps
+from mae_jax.training.sharding import batch_sharding, make_mesh
+
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Run:
+    """A run of `fit` with nothing in it, that writes down all that happens in `events`."""
+
+    def __init__(self, on_batch=lambda step: None, on_eval=lambda step: None):
+        self.events, self.on_batch, self.on_eval, self.inside = [], on_batch, on_eval, []
+
+    def fit(self, first, steps, *, every=1, eval_every=2, save_every=2):
+        hooks = [(eval_every, self.hook("eval")), (save_every, self.hook("save"))]
+        state = State(step=jnp.int32(first), params={}, opt_state=())
+        return fit(state, self.train_step, self.batches(first), steps, hooks, self.last_save, self, every=every)
+
+    def batches(self, first):
+        for step in range(first, 10**6):
+            assert self.inside == ["waiting"], "the wait for data is measured"
+            self.events.append(f"batch {step}")
+            yield {"number": step}
+
+    def train_step(self, state, batch):
+        assert self.inside == []
+        assert int(state.step) == batch["number"], "batch i goes to state i"
+        self.on_batch(batch["number"])
+        return state.replace(step=state.step + 1), {"loss": jnp.float32(batch["number"])}
+
+    def hook(self, name):
+        def call(state, step):
+            assert self.inside == ["paused"], "hooks do not count as training"
+            assert int(state.step) == step
+            self.events.append(f"{name} {step}")
+            if name == "eval":
+                self.on_eval(step)
+
+        return call
+
+    def last_save(self, state, step):
+        assert int(state.step) == step
+        self.events.append(f"last save {step}")
+
+    def start(self, step, scalars):
+        self.events.append(f"start {step}")
+
+    def log(self, step, scalars):
+        assert scalars == {"loss": step - 1}, "step i is logged with the loss of batch i-1"
+        self.events.append(f"log {step}")
+
+    @contextlib.contextmanager
+    def _in(self, name):
+        self.inside.append(name)
+        yield
+        self.inside.remove(name)
+
+    def paused(self):
+        return self._in("paused")
+
+    def waiting(self):
+        return self._in("waiting")
+
+    def of(self, *kinds):
+        return [event for event in self.events if event.rpartition(" ")[0] in kinds]
+
+
+def test_state_i_is_evaluated_then_saved_and_only_then_batch_i_is_taken():
+    run = Run()
+    assert int(run.fit(0, 4).step) == 4
+    assert run.events == [
+        *("eval 0", "save 0", "batch 0", "start 1", "log 1", "batch 1", "log 2"),
+        *("eval 2", "save 2", "batch 2", "log 3", "batch 3", "log 4", "eval 4", "save 4"),
+    ]
+
+
+def test_no_batch_is_taken_that_no_step_uses():
+    run = Run()
+    run.fit(3, 7)
+    assert run.of("batch") == [f"batch {step}" for step in (3, 4, 5, 6)]
+
+
+def test_a_resumed_run_does_not_call_the_hooks_of_its_first_step_again():
+    run = Run()
+    run.fit(2, 5)
+    assert run.of("eval", "save") == ["eval 4", "save 4", "eval 5", "save 5"]
+    assert run.events[:2] == ["batch 2", "start 3"]
+
+
+def test_two_halves_do_what_the_whole_does():
+    whole, first, second = Run(), Run(), Run()
+    whole.fit(0, 8, every=3)
+    first.fit(0, 4, every=3)
+    second.fit(4, 8, every=3)
+    kinds = ("eval", "save", "batch")
+    assert first.of(*kinds) + second.of(*kinds) == whole.of(*kinds)
+    assert second.of("log") == ["log 6", "log 8"]
+
+
+def test_a_run_that_is_done_does_nothing():
+    run = Run()
+    assert int(run.fit(4, 4).step) == 4
+    assert run.events == []
+
+
+@pytest.mark.parametrize(
+    ("every", "due"), [(3, [0, 3, 6, 7]), (7, [0, 7]), (100, [0, 7]), (0, [7])], ids=lambda x: str(x).replace(" ", "")
+)
+def test_hooks_are_due_at_multiples_and_always_at_the_last_step(every, due):
+    run = Run()
+    run.fit(0, 7, eval_every=every, save_every=0)
+    assert run.of("eval") == [f"eval {step}" for step in due]
+    assert run.of("save") == ["save 7"]
+
+
+@pytest.mark.parametrize(("first", "logged"), [(0, [3, 6, 7]), (2, [3, 6, 7]), (3, [6, 7]), (6, [7])], ids=str)
+def test_scalars_are_logged_at_multiples_and_always_at_the_last_step(first, logged):
+    run = Run()
+    run.fit(first, 7, every=3)
+    assert run.of("log") == [f"log {step}" for step in logged]
+
+
+@pytest.fixture
+def handlers():
+    """What handled SIGTERM and SIGINT before; put back if a test fails half-way."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield before
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def at(step, act):
+    return lambda now: act() if now == step else None
+
+
+@pytest.mark.parametrize(("signum", "code"), SIGNALS.items())
+def test_a_signal_ends_the_run_after_the_step_is_finished_and_saved(signum, code, handlers):
+    run = Run(on_batch=at(4, lambda: os.kill(os.getpid(), signum)))
+    with pytest.raises(Interrupted, match="stopped at step 5; the same command goes on") as caught:
+        run.fit(0, 100, eval_every=0, save_every=0)
+    assert caught.value.exit_code == code
+    assert run.events[-3:] == ["batch 4", "log 5", "last save 5"]
+    assert {s: signal.getsignal(s) for s in SIGNALS} == handlers
+
+
+def test_a_signal_at_a_step_with_hooks_still_evaluates_before_saving(handlers):
+    run = Run(on_batch=at(3, lambda: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        run.fit(0, 100, eval_every=4, save_every=0)
+    assert run.events[-2:] == ["eval 4", "last save 4"]
+
+
+def test_a_signal_during_a_hook_lets_all_hooks_finish(handlers):
+    run = Run(on_eval=at(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        run.fit(0, 100)
+    assert run.events[-3:] == ["eval 2", "save 2", "last save 2"]
+
+
+def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(handlers):
+    run = Run(on_batch=at(5, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert int(run.fit(0, 6).step) == 6
+    assert run.events[-2:] == ["eval 6", "save 6"]
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_second_signal_acts_as_it_would_without_the_loop(signum, handlers):
+    def impatient(*_):
+        raise RuntimeError("at once")
+
+    signal.signal(signum, impatient)
+
+    def twice():
+        signal.raise_signal(signum)
+        signal.raise_signal(signum)
+
+    run = Run(on_batch=at(1, twice))
+    with pytest.raises(RuntimeError, match="at once"):
+        run.fit(0, 100, save_every=0)
+    assert run.of("last save") == []
+    assert signal.getsignal(signum) is impatient
+
+
+def test_handlers_are_put_back_when_a_step_raises(handlers):
+    def explode():
+        raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        Run(on_batch=at(1, explode)).fit(0, 100)
+    assert {s: signal.getsignal(s) for s in SIGNALS} == handlers
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"steps": 7, "epochs": 100.0}, 7),
+        ({"steps": None, "epochs": 1600.0}, 499_200),
+        ({"epochs": 0.5}, 156),
+        ({"epochs": 1.0}, 312),
+    ],
+    ids=str,
+)
+def test_total_steps_counts_steps_where_given_and_else_epochs(settings, steps):
+    assert total_steps(312, **settings) == steps
+
+
+@pytest.fixture(params=[1, 8], ids=["1 device", "8 devices"])
+def regression(request):
+    """Linear regression: a state, its train step, batches by number, and what they are made of."""
+    mesh = make_mesh(data=request.param)
+    tx, schedule = optim.make(256, 50, 50, base_learning_rate=0.05, warmup_epochs=0.1)
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(3, 2)).astype(np.float32)
+
+    def init():
+        return {"kernel": jax.random.normal(jax.random.key(1), (3, 2)), "bias": jnp.zeros(2)}
+
+    def loss_fn(params, batch, key):
+        noise = 1e-3 * jax.random.normal(key, batch["y"].shape)
+        return jnp.mean(jnp.square(batch["x"] @ params["kernel"] + params["bias"][None] - batch["y"] + noise))
+
+    def batch(step):
+        x = np.random.default_rng(step).normal(size=(16, 3)).astype(np.float32)
+        return jax.device_put({"x": x, "y": x @ truth}, batch_sharding(mesh))
+
+    key = jax.random.key(5)
+    abstract, new_state = create_state(init, tx, mesh)
+    return mesh, abstract, new_state, make_train_step(loss_fn, tx, schedule, key, mesh), batch, loss_fn, schedule, key
+
+
+def test_state_is_what_its_description_says(regression):
+    mesh, abstract, new_state, *_ = regression
+    state = new_state()
+    assert int(state.step) == 0
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for described, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (described.shape, described.dtype, described.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+        assert leaf.is_fully_replicated
+        assert leaf.sharding.device_set == set(mesh.devices.flat)
+
+
+def test_scalars_are_those_of_the_state_before_the_update_and_any_step_can_be_replayed(regression):
+    *_, new_state, train_step, batch, loss_fn, schedule, key = regression
+    state = new_state()
+    for step in range(4):
+        before = jax.device_get(state.params)
+        state, scalars = train_step(state, batch(step))
+        loss, grads = jax.value_and_grad(loss_fn)(before, jax.device_get(batch(step)), jax.random.fold_in(key, step))
+        assert set(scalars) == {"loss", "grad_norm", "learning_rate"}
+        np.testing.assert_allclose(scalars["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(scalars["grad_norm"], np.sqrt(sum(np.sum(g**2) for g in grads.values())), rtol=1e-5)
+        np.testing.assert_allclose(scalars["learning_rate"], schedule(step), rtol=1e-6)
+        assert int(state.step) == step + 1
+
+
+def test_training_lowers_the_loss_and_keeps_the_layout(regression):
+    _, abstract, new_state, train_step, batch, *_ = regression
+    state, first = train_step(new_state(), batch(0))
+    for step in range(1, 50):
+        state, last = train_step(state, batch(step))
+    assert last["loss"] < 0.5 * first["loss"]
+    for described, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (described.dtype, described.sharding) == (leaf.dtype, leaf.sharding)
+
+
+def test_the_memory_of_the_old_state_is_reused(regression):
+    _, _, new_state, train_step, batch, *_ = regression
+    old = new_state()
+    train_step(old, batch(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params) + jax.tree.leaves(old.opt_state))
+
+
+def test_fit_trains_the_real_step(regression):
+    _, _, new_state, train_step, batch, *_ = regression
+    run = Run()
+    run.log = lambda step, scalars: run.events.append(float(scalars["loss"]))
+    state = fit(new_state(), train_step, map(batch, range(50)), 50, [], run.last_save, run, every=10)
+    direct = new_state()
+    for step in range(50):
+        direct, scalars = train_step(direct, batch(step))
+    assert run.events[1:][-1] == float(scalars["loss"])
+    assert len(run.events) == 1 + 5
+    jax.tree.map(np.testing.assert_array_equal, state.params, direct.params)
+    assert optax.tree.norm(state.params) > 0
