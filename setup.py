@@ -36,7 +36,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.15"],
-        "parity": ["torch==2.13.0", "transformers>=5"],  # the references that tests compare with
+        "parity": ["torch==2.13.0", "transformers>=5.23,<6"],  # the references that tests compare with
         "gpu": ["jax[cuda13]>=0.10,<0.11"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
     },

@@ -130,16 +130,16 @@ def cifar10() -> ConfigDict:
 def fashion_mnist() -> ConfigDict:
     """Ten kinds of clothing on a laptop; prepare the data with mae-jax prepare --config=configs/prepare.py."""
     config = paper()
-    config.encoder.update(width=96, depth=4, heads=4, patch_size=4)
-    config.decoder.update(width=48, depth=1, heads=4)
+    config.encoder.update(width=96, depth=4, heads=3, patch_size=4)
+    config.decoder.update(width=64, depth=1, heads=2)
     config.data.update(
         name="fashion_mnist", held_out="test", image_size=(28, 28), channels=1, batch_size=256, flip=False
     )
     config.data.augment = "none"
     config.pixels = {"mean": (0.2860,), "std": (0.3530,)}
     config.optim.update(base_learning_rate=1e-3, warmup_epochs=1.0)
-    config.train.epochs = 10.0
-    config.log.every = 20
+    config.train.epochs = 12.0
+    config.log.every = 39
     config.eval = {"every": 234, "images": placeholder(int)}
     config.pictures.every = 234
     config.checkpoint = {"every": 234, "keep": 2, "keep_every": 0}
@@ -149,18 +149,18 @@ def fashion_mnist() -> ConfigDict:
 def digits() -> ConfigDict:
     """The quickstart: 1438 handwritten digits of 8x8 pixels, 359 held out."""
     config = paper()
-    config.encoder.update(width=64, depth=4, heads=4, patch_size=2)
-    config.decoder.update(width=64, depth=2, heads=4)
-    config.data.update(source="digits", name="", held_out="test", image_size=(8, 8), channels=1, batch_size=256)
+    config.encoder.update(width=64, depth=3, heads=2, patch_size=2)
+    config.decoder.update(width=64, depth=1, heads=2)
+    config.data.update(source="digits", name="", held_out="test", image_size=(8, 8), channels=1, batch_size=128)
     config.data.update(augment="none", flip=False)
     config.pixels = {"mean": (0.3053,), "std": (0.3760,)}
     config.target.name = "pixels"
-    config.optim.update(base_learning_rate=2e-3, warmup_epochs=20.0)
+    config.optim.update(base_learning_rate=8e-3, warmup_epochs=14.0)
     config.train = {"steps": 1500, "epochs": placeholder(float)}
     config.log.every = 50
-    config.eval = {"every": 250, "images": placeholder(int)}
-    config.pictures.every = 250
-    config.checkpoint = {"every": 250, "keep": 2, "keep_every": 0}
+    config.eval = {"every": 300, "images": placeholder(int)}
+    config.pictures.every = 300
+    config.checkpoint = {"every": 300, "keep": 2, "keep_every": 0}
     return config
 
 

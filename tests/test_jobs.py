@@ -22,20 +22,21 @@ from mae_jax.__main__ import main
 from mae_jax.config import load
 from mae_jax.data.sources import digits
 from mae_jax.errors import CheckpointError
-from mae_jax.jobs import models, pretrain
+from mae_jax.jobs import models, pretrain, reconstruct
 from mae_jax.model import masking
 from mae_jax.training import metrics
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
 TINY = "--config=configs/pretrain.py:digits,tiny"
-STEPS = 10
-# 40 images in batches of 8: an epoch is 5 steps, so that the run crosses into a second one
-SHORT = (
-    *(f"--config.train.steps={STEPS}", "--config.data.split=train[:40]", "--config.data.held_out=test[:20]"),
-    *("--config.eval.every=5", "--config.pictures.every=5", "--config.checkpoint.every=5"),
+STEPS = 50
+EVERY = 20
+SHORT = (  # five epochs of 10 steps
+    *(f"--config.train.steps={STEPS}", "--config.data.split=train[:80]", "--config.data.held_out=test[:20]"),
+    *(f"--config.{group}.every={EVERY}" for group in ("eval", "pictures", "checkpoint")),
+    *("--config.optim.base_learning_rate=0.02", "--config.optim.warmup_epochs=1.0"),
 )
 TIMINGS = {"train/images_per_second", "perf/data_wait_fraction"}
-VISIBLE_GREY = 128
+HIDDEN_GREY = 128
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,8 +69,12 @@ def series(workdir, name):
 
 
 def state_of(workdir, step):
+    """The whole train state of a checkpoint as NumPy arrays, read by Orbax alone."""
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
     with ocp.PyTreeCheckpointer() as reader:
-        return jax.tree.map(np.asarray, reader.restore((workdir / "checkpoints" / str(step) / "state").absolute()))
+        stored = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        return reader.restore(folder, ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def assert_same_run(workdir, reference):
@@ -85,7 +90,7 @@ def assert_same_run(workdir, reference):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The workdir of a finished run of ten steps on eight devices."""
+    """The workdir of a finished run on eight devices."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     assert pretraining(workdir, *SHORT) == 0
     return workdir
@@ -107,10 +112,7 @@ def panels_of(path, side, rows):
     assert picture.shape == (header + rows * (size + gap), gap + 4 * (size + gap), 3)
     return np.array(
         [
-            [
-                picture[header + r * (size + gap) :, gap + c * (size + gap) :][:size:zoom, :size:zoom]
-                for c in range(4)
-            ]
+            [picture[header + r * (size + gap) :, gap + c * (size + gap) :][:size:zoom, :size:zoom] for c in range(4)]
             for r in range(rows)
         ]
     )
@@ -126,9 +128,9 @@ def test_a_run_leaves_everything_that_was_promised(trained):
     config = json.loads((trained / "config.json").read_text())
     assert config["train"]["steps"] == STEPS
     assert config["data"]["held_out"] == "test[:20]"
-    assert {p.name for p in (trained / "reconstructions").iterdir()} == {"step_0.png", "step_5.png", "step_10.png"}
-    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"5", "10"}, "two are kept"
-    for step in ("5", "10"):
+    assert {p.name for p in (trained / "reconstructions").iterdir()} == {f"step_{i}.png" for i in (0, 20, 40, 50)}
+    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"40", "50"}, "two are kept"
+    for step in ("40", "50"):
         assert json.loads((trained / "checkpoints" / step / "config" / "config.json").read_text()) == config
     assert len(list((trained / "tensorboard").glob("events.out.tfevents.*"))) == 1
 
@@ -138,14 +140,14 @@ def test_metrics_are_there_at_every_step_that_was_asked_for(trained):
     assert list(series(trained, "train/learning_rate")) == list(range(1, STEPS + 1))
     assert list(series(trained, "train/grad_norm")) == list(range(1, STEPS + 1))
     assert list(series(trained, "train/images_per_second")) == list(range(2, STEPS + 1)), "the first step compiles"
-    assert list(series(trained, "eval/loss")) == list(series(trained, "eval/baseline_loss")) == [0, 5, 10]
-    assert [line["step"] for line in lines_of(trained)] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    assert list(series(trained, "eval/loss")) == list(series(trained, "eval/baseline_loss")) == [0, 20, 40, 50]
+    assert [line["step"] for line in lines_of(trained)] == sorted([*range(1, STEPS + 1), 0, 20, 40, 50])
     assert all(np.isfinite(value) for line in lines_of(trained) for value in line.values())
     assert all(rate > 0 for rate in series(trained, "train/images_per_second").values())
     assert all(0 <= part <= 1 for part in series(trained, "perf/data_wait_fraction").values())
-    shape = [step / 5 if step < 5 else 0.5 + 0.5 * np.cos(np.pi * (step - 5) / 5) for step in range(STEPS)]
+    shape = [step / 10 if step < 10 else 0.5 + 0.5 * np.cos(np.pi * (step - 10) / 40) for step in range(STEPS)]
     rates = list(series(trained, "train/learning_rate").values())
-    assert rates == pytest.approx([2e-3 * 8 / 256 * part for part in shape], rel=1e-5)
+    assert rates == pytest.approx([0.02 * 8 / 256 * part for part in shape], rel=1e-5)
 
 
 def test_summary_tells_what_was_done_and_with_what(trained):
@@ -215,29 +217,28 @@ def stop_after(monkeypatch, step, signum):
     monkeypatch.setattr(metrics.Progress, "log", log_and_stop)
 
 
-def test_ten_steps_equal_five_a_stop_two_more_another_stop_and_three_more(trained, tmp_path, monkeypatch, capsys):
-    only_at_the_end = "--config.checkpoint.every=0"
-    for step, signum, code in ((5, signal.SIGTERM, 143), (7, signal.SIGINT, 130)):
+def test_a_run_stopped_twice_ends_as_if_it_had_not_been(trained, tmp_path, monkeypatch, capsys):
+    only_when_stopped = "--config.checkpoint.every=0"
+    for step, signum, code in ((20, signal.SIGTERM, 143), (33, signal.SIGINT, 130)):
         with monkeypatch.context() as patch:
             stop_after(patch, step, signum)
-            assert pretraining(tmp_path, *SHORT, only_at_the_end) == code
-        out, err = capsys.readouterr()
-        assert err == f"mae-jax: stopped at step {step}; the same command goes on from there\n"
+            assert pretraining(tmp_path, *SHORT, only_when_stopped) == code
+        assert capsys.readouterr().err == f"mae-jax: stopped at step {step}; the same command goes on from there\n"
         assert (tmp_path / "checkpoints" / str(step)).is_dir()
         assert not (tmp_path / "summary.json").exists()
-    assert pretraining(tmp_path, *SHORT, only_at_the_end) == 0
-    assert "resuming from step 7 of 10" in capsys.readouterr().out
+    assert pretraining(tmp_path, *SHORT, only_when_stopped) == 0
+    assert f"resuming from step 33 of {STEPS}" in capsys.readouterr().out
     assert_same_run(tmp_path, trained)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["steps"], summary["images_seen"]) == (STEPS, STEPS * 8)
 
 
-def test_kill_9_at_a_random_moment_and_the_same_command_again_give_the_same_run(trained, tmp_path, capsys):
+def test_a_run_killed_at_a_random_moment_ends_as_if_it_had_not_been(trained, tmp_path):
     moment = random.Random()
-    lines, delay = moment.randrange(1, 12), moment.uniform(0, 0.2)
+    lines, delay = moment.randrange(1, STEPS), moment.uniform(0, 0.1)
     print(f"killed {delay:.3f} s after line {lines} of metrics.jsonl")
-    every_step = "--config.checkpoint.every=1"
-    command = [sys.executable, "-m", "mae_jax", "pretrain", TINY, f"--workdir={tmp_path}", *SHORT, every_step]
+    often = "--config.checkpoint.every=3"
+    command = [sys.executable, "-m", "mae_jax", "pretrain", TINY, f"--workdir={tmp_path}", *SHORT, often]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     log = (tmp_path.parent / "killed.txt").open("w+")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -251,15 +252,22 @@ def test_kill_9_at_a_random_moment_and_the_same_command_again_give_the_same_run(
     log.seek(0)
     assert code == -signal.SIGKILL, log.read()
     log.close()
-    assert pretraining(tmp_path, *SHORT, every_step) == 0
+    assert pretraining(tmp_path, *SHORT, often) == 0
     assert_same_run(tmp_path, trained)
 
 
 def test_losses_on_1_and_8_devices_agree(trained, tmp_path):
     assert pretraining(tmp_path, *SHORT, "--config.mesh.data=1") == 0
-    for name in ("train/loss", "eval/loss", "eval/baseline_loss"):
-        one, eight = series(tmp_path, name), series(trained, name)
-        assert one == pytest.approx(eight, rel=1e-6), name
+    one, eight = (
+        {name: series(run, name) for name in lines_of(run)[-1] | lines_of(run)[1]} for run in (tmp_path, trained)
+    )
+    # AdamW divides rounding errors by their own size, so parameters drift apart slowly
+    for step in range(1, 11):
+        assert one["train/loss"][step] == pytest.approx(eight["train/loss"][step], rel=1e-6), step
+        assert one["train/grad_norm"][step] == pytest.approx(eight["train/grad_norm"][step], rel=1e-5), step
+    for step in (0, 20):
+        assert one["eval/loss"][step] == pytest.approx(eight["eval/loss"][step], rel=1e-6), step
+        assert one["eval/baseline_loss"][step] == pytest.approx(eight["eval/baseline_loss"][step], rel=1e-6), step
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["device_count"] == 1, "the devices that were used"
 
@@ -285,40 +293,40 @@ def test_masks_are_the_same_on_1_and_8_devices_and_differ_between_samples_and_st
         assert sorted(row) == list(range(16))
 
 
-OVERFIT = (
-    *("--config.train.steps=300", "--config.data.split=train[:16]", "--config.data.held_out=train[:16]"),
-    *("--config.data.batch_size=16", "--config.optim.base_learning_rate=0.1", "--config.optim.weight_decay=0.0"),
-    *("--config.eval.every=0", "--config.pictures.every=0", "--config.checkpoint.every=0", "--config.mesh.data=1"),
-)
-
-
 def test_a_small_set_is_learnt_by_heart(tmp_path, capsys):
-    assert pretraining(tmp_path, *OVERFIT) == 0
-    loss, baseline = (series(tmp_path, f"eval/{name}")[300] for name in ("loss", "baseline_loss"))
+    arguments = [
+        *("--config.train.steps=1500", "--config.data.split=train[:8]", "--config.data.held_out=train[:8]"),
+        *("--config.optim.base_learning_rate=0.1", "--config.optim.weight_decay=0.0", "--config.optim.b2=0.99"),
+        *("--config.mask.ratio=0.5", "--config.log.every=500", "--config.mesh.data=1"),
+        *(f"--config.{group}.every=0" for group in ("eval", "pictures", "checkpoint")),
+    ]
+    assert pretraining(tmp_path, *arguments) == 0
+    loss, baseline = (series(tmp_path, f"eval/{name}")[1500] for name in ("loss", "baseline_loss"))
     assert loss < 0.3 * baseline
     assert f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param((TINY,), id="tiny"),
-        pytest.param(("--config=configs/pretrain.py:digits",), id="digits", marks=pytest.mark.slow),
-    ],
-)
-def test_bfloat16_and_float32_agree_to_2_percent_over_50_steps(arguments, tmp_path):
-    (config,) = arguments
-    ends = [f"--config.{group}.every=0" for group in ("eval", "pictures", "checkpoint")]
-    run = ["--config.train.steps=50", "--config.log.every=1", "--config.mesh.data=1", *ends]
-    losses = {}
+def assert_bfloat16_agrees(workdir, reference):
+    exact, rounded = series(reference, "train/loss"), series(workdir, "train/loss")
+    assert list(exact) == list(range(1, 51))
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert all(rounded[step] != exact[step] for step in exact), "so it did compute in bfloat16"
+    assert exact[50] < 0.9 * exact[1], "and it did train"
+    for leaf in jax.tree.leaves(state_of(workdir, 50)):
+        assert leaf.dtype in (np.float32, np.int32)
+
+
+def test_bfloat16_and_float32_agree_to_2_percent_over_50_steps(trained, tmp_path):
+    assert pretraining(tmp_path, *SHORT, "--config.dtype=bfloat16") == 0
+    assert_bfloat16_agrees(tmp_path, trained)
+
+
+@pytest.mark.slow
+def test_bfloat16_and_float32_agree_on_the_digits_recipe(tmp_path):
     for dtype in ("float32", "bfloat16"):
-        assert pretraining(tmp_path / dtype, *run, f"--config.dtype={dtype}", config=config) == 0
-        losses[dtype] = series(tmp_path / dtype, "train/loss")
-    assert list(losses["float32"]) == list(range(1, 51))
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
-    assert losses["bfloat16"] != losses["float32"], "so it did compute in bfloat16"
-    assert losses["float32"][50] < losses["float32"][1], "and it did train"
-    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state_of(tmp_path / "bfloat16", 50)))
+        arguments = ("--config.train.steps=50", "--config.log.every=1", f"--config.dtype={dtype}")
+        assert pretraining(tmp_path / dtype, *arguments, config="--config=configs/pretrain.py:digits") == 0
+    assert_bfloat16_agrees(tmp_path / "bfloat16", tmp_path / "float32")
 
 
 @pytest.mark.slow
@@ -347,55 +355,68 @@ def test_another_architecture_is_refused_with_all_differences(trained, capsys):
 
 
 def test_another_order_of_the_data_is_refused(trained, capsys):
-    other = ("--config.data.split=train[:48]", "--config.seed=1", "--config.data.batch_size=16")
+    other = ("--config.data.split=train[:96]", "--config.seed=1", "--config.data.batch_size=16")
     assert pretraining(trained, *SHORT, *other) == 2
     told = capsys.readouterr().err
     for key in ("config.data.split", "config.seed", "config.data.batch_size"):
         assert key in told
 
 
-def test_a_finished_run_can_be_made_longer(trained, tmp_path, capsys):
-    workdir = copy_of(trained, tmp_path)
-    assert pretraining(workdir, *SHORT, "--config.train.steps=12") == 0
+def test_a_finished_run_can_be_made_longer(trained, tmp_path, monkeypatch, capsys):
+    workdir, longer = copy_of(trained, tmp_path), (*SHORT, "--config.train.steps=52")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 51, signal.SIGTERM)
+        assert pretraining(workdir, *longer) == 143
     out = capsys.readouterr().out
-    assert "changed: config.train.steps: 10 in" in out and "now 12" in out
-    assert "resuming from step 10 of 12" in out
-    assert list(series(workdir, "train/loss")) == list(range(1, 13))
-    assert lines_of(workdir)[:13] == lines_of(trained)
-    assert json.loads((workdir / "summary.json").read_text())["steps"] == 12
-    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 12
-    assert (workdir / "reconstructions" / "step_12.png").is_file()
-    assert (workdir / "checkpoints" / "12").is_dir()
+    assert "changed: config.train.steps: 50 in" in out and "now 52" in out
+    assert "resuming from step 50 of 52" in out
+    assert not (workdir / "summary.json").exists(), "that of 50 steps would be mistaken for one of 52"
+    assert pretraining(workdir, *longer) == 0
+    assert list(series(workdir, "train/loss")) == list(range(1, 53))
+    assert lines_of(workdir)[:54] == lines_of(trained)
+    assert json.loads((workdir / "summary.json").read_text())["steps"] == 52
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 52
+    assert (workdir / "reconstructions" / "step_52.png").is_file()
+    assert (workdir / "checkpoints" / "52").is_dir()
+
+
+def test_a_run_that_died_before_its_summary_only_writes_that(trained, tmp_path):
+    workdir = copy_of(trained, tmp_path)
+    (workdir / "summary.json").unlink()
+    assert pretraining(workdir, *SHORT) == 0
+    assert_same_run(workdir, trained)
+    again, first = (json.loads((run / "summary.json").read_text()) for run in (workdir, trained))
+    assert again | {"wall_time_seconds": 0} == first | {"wall_time_seconds": 0}
 
 
 # Reconstruction
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.85])
-@pytest.mark.parametrize("init", ["", "checkpoints/5"], ids=["workdir", "checkpoint"])
+@pytest.mark.parametrize("init", ["", "checkpoints/40"], ids=["workdir", "checkpoint"])
 def test_reconstruct_leaves_a_picture_and_the_loss_of_every_image(init, ratio, trained, tmp_path, capsys):
-    assert reconstruction(trained / init, tmp_path, f"--config.mask.ratio={ratio}", "--config.count=3") == 0
+    assert reconstruction(trained / init, tmp_path, f"--config.mask.ratio={ratio}", "--config.count=5") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["init"] == str(trained / init)
     assert results["mask"] == {"name": "random", "ratio": ratio}
     losses = list(results["loss_by_image"].values())
-    assert results["examples"] == len(losses) == 3
+    assert results["examples"] == len(losses) == 5
     assert results["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert json.loads((tmp_path / "config.json").read_text())["mask"]["ratio"] == ratio
     picture = tmp_path / "reconstructions" / f"ratio_{ratio}.png"
-    masked = panels_of(picture, 8, 3)[:, 1]
-    hidden = (masked == VISIBLE_GREY).all(axis=-1).sum(axis=(1, 2)) / 4
+    masked = panels_of(picture, 8, 5)[:, 1]
+    hidden = (masked == HIDDEN_GREY).all(axis=-1).sum(axis=(1, 2)) / 4
     assert (hidden >= 16 - masking.visible_count(16, ratio)).all()
     out = capsys.readouterr().out
     assert f"{results['loss']:.4f}" in out and str(picture) in out
 
 
 def test_reconstruct_reads_the_checkpoint_that_is_named(trained, tmp_path):
-    for name in ("5", "10"):
-        assert reconstruction(trained / "checkpoints" / name, tmp_path / name, "--config.count=3") == 0
-    assert reconstruction(trained, tmp_path / "newest", "--config.count=3") == 0
+    for name in ("40", "50"):
+        assert reconstruction(trained / "checkpoints" / name, tmp_path / name, "--config.count=5") == 0
+    assert reconstruction(trained, tmp_path / "newest", "--config.count=5") == 0
     losses = {p.name: json.loads((p / "results.json").read_text())["loss"] for p in tmp_path.iterdir()}
-    assert losses["newest"] == losses["10"] != losses["5"]
+    assert losses["newest"] == losses["50"] != losses["40"]
 
 
 def test_visible_patches_are_pasted_exactly_and_hidden_ones_are_the_reconstruction(pictured):
@@ -405,7 +426,7 @@ def test_visible_patches_are_pasted_exactly_and_hidden_ones_are_the_reconstructi
     mask = masking.sample(jax.random.key(0), 5, (4, 4), ratio=0.75)
     hidden = np.asarray(mask.removed, bool).reshape(5, 4, 4).repeat(2, axis=1).repeat(2, axis=2)
     assert (hidden.sum(axis=(1, 2)) == 12 * 4).all()
-    assert (masked[hidden] == VISIBLE_GREY).all()
+    assert (masked[hidden] == HIDDEN_GREY).all()
     np.testing.assert_array_equal(masked[~hidden], original[~hidden])
     np.testing.assert_array_equal(pasted[~hidden], original[~hidden])
     np.testing.assert_array_equal(pasted[hidden], rebuilt[hidden])
@@ -472,8 +493,9 @@ def test_an_unreadable_image_file_is_left_out_and_none_at_all_is_an_error(traine
 
 def test_reconstruct_into_the_workdir_of_a_run_does_not_spoil_the_run(trained, tmp_path, capsys):
     workdir = copy_of(trained, tmp_path)
-    code = reconstruction(workdir, workdir, "--config.count=2")
-    assert code in (0, 2)
+    assert reconstruction(workdir, workdir, "--config.count=5") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mae-jax: --workdir={workdir}: holds a training run")
     assert json.loads((workdir / "config.json").read_text()) == json.loads((trained / "config.json").read_text())
     assert pretraining(workdir, *SHORT) == 0
     assert "already complete" in capsys.readouterr().out
@@ -499,8 +521,8 @@ def test_load_gives_the_model_with_the_parameters_of_its_last_step(trained):
     model, params = mae_jax.load(trained)
     stored = state_of(trained, STEPS)["params"]
     jax.tree.map(np.testing.assert_array_equal, params, stored)
-    before = state_of(trained, 5)["params"]
-    _, earlier = mae_jax.load(str(trained / "checkpoints" / "5"))
+    before = state_of(trained, 40)["params"]
+    _, earlier = mae_jax.load(str(trained / "checkpoints" / "40"))
     jax.tree.map(np.testing.assert_array_equal, earlier, before)
     images = mae_jax.normalize(digits(split="test").read(np.arange(3))[0], **mae_jax.load_config(trained).pixels)
     mask = masking.sample(jax.random.key(0), 3, (4, 4))
@@ -522,7 +544,7 @@ def test_load_encoder_gives_the_tokens_of_the_model_itself(trained):
 
 def test_the_config_in_a_checkpoint_is_enough_to_load_it_from_elsewhere(trained, tmp_path):
     moved = tmp_path / "moved"
-    shutil.copytree(trained / "checkpoints" / "10", moved)
+    shutil.copytree(trained / "checkpoints" / "50", moved)
     model, params = mae_jax.load(moved)
     jax.tree.map(np.testing.assert_array_equal, params, mae_jax.load(trained)[1])
     assert model == mae_jax.load(trained)[0]
@@ -607,9 +629,8 @@ def test_a_normalized_target_is_drawn_with_mean_and_deviation_of_the_true_patch(
     params["decoder"]["head"] = jax.tree.map(np.zeros_like, params["decoder"]["head"])
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     mask = masking.sample(jax.random.key(0), 2, (4, 4))
-    from mae_jax.jobs.reconstruct import make_panels
 
-    panels, loss = make_panels(model, target, config)(params, images, mask)
+    panels, loss = reconstruct.make_panels(model, target, config)(params, images, mask)
     x = patches_of(standard(images, config), 8)
     means = np.broadcast_to(x.mean(axis=-1, keepdims=True), x.shape).reshape(2, 4, 4, 8, 8, 3)
     means = means.transpose(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 3)

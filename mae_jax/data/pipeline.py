@@ -18,6 +18,7 @@ from jax.sharding import Sharding
 from mae_jax.data.augment import augment as augment_image
 from mae_jax.data.augment import decode
 from mae_jax.data.sources import SOURCES, Source
+from mae_jax.errors import DataError
 
 with epy.lazy_imports():
     import tensorflow as tf
@@ -112,7 +113,9 @@ class Dataset:
             image = tf.ensure_shape(image, (share,) if source.encoded else (share, None, None, self.channels))
             label = tf.cast(tf.ensure_shape(label, (share,)), tf.int32)
             weight = tf.cast(position < end, tf.float32)
-            return {"image": image, "label": label, "weight": weight, "position": position, "index": index}
+            readable = tf.ones_like(weight, tf.bool)
+            chunk = {"image": image, "label": label, "weight": weight}
+            return chunk | {"position": position, "index": index, "readable": readable}
 
         def prepare(image, position):
             image = decode(image, self.channels) if source.encoded else image
@@ -128,40 +131,41 @@ class Dataset:
 
         def prepare_chunk(chunk):
             image = tf.map_fn(lambda x: prepare(*x), (chunk["image"], chunk["position"]), fn_output_signature=tf.uint8)
-            return {**chunk, "image": image, "readable": tf.ones_like(chunk["weight"], tf.bool)}
+            return {**chunk, "image": image}
 
-        def substitute(chunk):
-            blank = tf.zeros((tf.shape(chunk["index"])[0], *self.image_size, self.channels), tf.uint8)
-            nothing = tf.zeros_like(chunk["weight"])
-            return {**chunk, "image": blank, "weight": nothing, "readable": tf.cast(nothing, tf.bool)}
+        def mend(chunk):
+            """A black picture, which weighs nothing, in place of each file that cannot be decoded."""
+            readable = tf.ensure_shape(
+                tf.numpy_function(_decodable, [chunk["image"]], tf.bool, stateful=False), (None,)
+            )
+            image = tf.where(readable, chunk["image"], tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8)))
+            weight = chunk["weight"] * tf.cast(readable, tf.float32)
+            return {**chunk, "image": image, "weight": weight, "readable": readable}
 
-        def attempt(chunk, otherwise):
-            """The chunk prepared, or, when that fails, what `otherwise` makes of it; either way in one piece."""
+        def attempt(chunk):
+            """A data set of one element: the chunk prepared or, only where that fails, the mended chunk prepared."""
             alone = tf.data.Dataset.from_tensors(chunk)
-            return alone.map(prepare_chunk).ignore_errors().concatenate(otherwise(alone)).take(1)
-
-        def one_by_one(alone):
-            each = alone.unbatch().batch(1)
-            careful = each.flat_map(lambda image: attempt(image, lambda a: a.map(substitute)))
-            return careful.unbatch().batch(CHUNK)
+            if not source.encoded:
+                return alone.map(prepare_chunk)
+            return alone.concatenate(alone.map(mend)).map(prepare_chunk).ignore_errors().take(1)
 
         batches = (
             tf.data.Dataset.range(steps.start, steps.stop)
             .map(read, num_parallel_calls=2)
             .unbatch()
             .batch(CHUNK)
-            .interleave(
-                lambda c: attempt(c, one_by_one), cycle_length=16, block_length=1, num_parallel_calls=tf.data.AUTOTUNE
-            )
+            .interleave(attempt, cycle_length=16, block_length=1, num_parallel_calls=tf.data.AUTOTUNE)
             .unbatch()
             .batch(share, drop_remainder=True)
             .prefetch(2)
         )
         options = tf.data.Options()
         options.deterministic = True
-        for batch in batches.with_options(options).as_numpy_iterator():
-            in_set = batch.pop("position") < end
-            for i in batch.pop("index")[~batch.pop("readable") & in_set]:
+        for step, batch in zip(steps, batches.with_options(options).as_numpy_iterator(), strict=True):
+            position = batch.pop("position")
+            if position[0] != step * self.batch_size + offset:
+                raise DataError(f"images before step {step} were lost; is there enough memory?")
+            for i in batch.pop("index")[~batch.pop("readable") & (position < end)]:
                 logging.warning("cannot read %s; it counts for nothing", source.name(int(i)))
             yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
@@ -169,3 +173,16 @@ class Dataset:
 def _read(source: Source, index: np.ndarray):
     images, labels = source.read(index)
     return np.array(images, object) if source.encoded else images, labels
+
+
+def _decodable(images: np.ndarray) -> np.ndarray:
+    """Whether each of some encoded files can be decoded: bool[n]."""
+
+    def can_be(data):
+        try:
+            decode(tf.constant(data), 3)
+        except Exception:  # of TensorFlow or Pillow, and there are many
+            return False
+        return True
+
+    return np.array([can_be(data) for data in images])

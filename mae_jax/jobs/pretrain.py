@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,12 +28,10 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import flatten, make_workdir, nearest, schema_problems, to_json
-from mae_jax.data.augment import AUGMENTATIONS
+from mae_jax.config import flatten, make_workdir, schema_problems, to_json
 from mae_jax.data.pipeline import Dataset
-from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError
-from mae_jax.jobs import models, reconstruct
+from mae_jax.jobs import check, models, reconstruct
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.patches import grid_of, normalize
@@ -51,7 +49,7 @@ WRITES_WORKDIR = True
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
     began = time.time()
-    data = check(config)
+    data = open_data(config)
     steps_per_epoch = data.open().size // data.batch_size
     steps = total_steps(steps_per_epoch, **config.train)
     compare_with_earlier_run(config, workdir)
@@ -60,6 +58,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         print(f"already complete: {workdir} has trained {checkpoints.latest_step} steps")
         return
     (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+    (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
 
     mesh = make_mesh(**config.mesh)
     init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -85,7 +84,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     finally:
         checkpoints.close()
         writer.close()
-    summarize(config, workdir, steps, time.time() - began)
+    summarize(config, workdir, mesh, steps, time.time() - began)
 
 
 def hidden_patches(model: MAE, target: Target, config: ConfigDict, params, batch: dict, key: jax.Array):
@@ -197,15 +196,18 @@ SCHEMA = {
 VALUES = {"seed": int, "dtype": str}
 
 
-def check(config: ConfigDict) -> Dataset:
+def open_data(config: ConfigDict) -> Dataset:
     """The training data that `config` describes, once nothing is wrong with it.
 
     Raises:
       ConfigError: with all problems found, before anything is compiled.
     """
-    problems = schema_problems(config, SCHEMA, VALUES) or model_problems(config) + run_problems(config)
+    problems = schema_problems(config, SCHEMA, VALUES)
     if problems:
         raise ConfigError(problems)
+    problems = check.model_problems(config) + check.run_problems(config)
+    if any(problem.startswith("config.data") for problem in problems):
+        raise ConfigError(problems)  # nothing to open
     data = Dataset(**config.data)
     for name, part in {"training": data, "held-out": data.held_out_set()}.items():
         try:
@@ -232,113 +234,6 @@ def check(config: ConfigDict) -> Dataset:
     return data
 
 
-def model_problems(config: ConfigDict) -> list[str]:
-    """What is wrong with the model's numbers, one line each."""
-    data, encoder, decoder = config.data, config.encoder, config.decoder
-    problems = unknown_names(
-        {
-            "config.mask.name": (config.mask.get("name", "random"), masking.SAMPLERS),
-            "config.target.name": (config.target.name, targets.TARGETS),
-            "config.dtype": (config.dtype, ("float32", "bfloat16")),
-        }
-    )
-    if not 0 <= config.seed < 2**32:
-        problems.append(f"config.seed: {config.seed} is not between 0 and {2**32 - 1}")
-    patch = encoder.patch_size
-    if len(data.image_size) != 2 or min(data.image_size) < 1 or patch < 1 or any(s % patch for s in data.image_size):
-        problems.append(
-            f"config.data.image_size: {tuple(data.image_size)} is not (height, width), both divisible by "
-            f"config.encoder.patch_size {patch}"
-        )
-    else:
-        try:
-            rows, cols = grid_of(data.image_size, patch)
-            masking.visible_count(rows * cols, config.mask.get("ratio", 0.75))
-        except ValueError as error:
-            problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some")
-    for group, part in {"encoder": encoder, "decoder": decoder}.items():
-        least = 1 if group == "encoder" else 0
-        if part.width < 4 or part.width % 4 or part.heads < 1 or part.width % part.heads:
-            problems.append(
-                f"config.{group}.width: {part.width} is not divisible by 4 (for its positions) and by "
-                f"config.{group}.heads {part.heads}"
-            )
-        if part.depth < least:
-            problems.append(f"config.{group}.depth: {part.depth} is below {least}")
-        if part.get("mlp_ratio", 4.0) * max(part.width, 1) < 1:
-            problems.append(f"config.{group}.mlp_ratio: {part.mlp_ratio} times the width leaves no hidden unit")
-    return problems
-
-
-def run_problems(config: ConfigDict) -> list[str]:
-    """What is wrong with the data's and the run's numbers, one line each."""
-    data, train = config.data, config.train
-    problems = unknown_names(
-        {
-            "config.data.source": (data.source, SOURCES),
-            "config.data.augment": (data.get("augment", "none"), AUGMENTATIONS),
-            "config.optim.name": (config.optim.get("name", "adamw"), optim.OPTIMIZERS),
-        }
-    )
-    channels = data.get("channels", 3)
-    if channels < 1:
-        problems.append(f"config.data.channels: {channels} is below 1")
-    elif data.source in ("folder", "files", "tfds") and channels not in (1, 3):
-        problems.append(f"config.data.channels: image files are read as 1 or 3 channels, not {channels}")
-    else:
-        for key in ("mean", "std"):
-            if len(config.pixels[key]) != channels or (key == "std" and min(config.pixels.std) <= 0):
-                problems.append(
-                    f"config.pixels.{key}: {tuple(config.pixels[key])} is not one number{' above 0' * (key == 'std')} "
-                    f"for each of config.data.channels {channels}"
-                )
-    devices = jax.device_count()
-    used = devices if config.mesh.get("data", -1) == -1 else config.mesh.data
-    if not 1 <= used <= devices:
-        problems.append(
-            f"config.mesh.data: {used} is not between 1 and the {devices} device(s) there are, nor -1 for all"
-        )
-    elif data.batch_size < 1 or data.batch_size % used:
-        problems.append(f"config.data.batch_size: {data.batch_size} is not a multiple of the {used} device(s), above 0")
-    for key in ("scale", "ratio"):
-        bounds = data.get(key, (1.0, 1.0))
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] or (key == "scale" and bounds[1] > 1):
-            above = " above 0, up to 1" if key == "scale" else " above 0"
-            problems.append(f"config.data.{key}: {tuple(bounds)} is not a range (low, high){above}")
-    length = next((key for key in ("steps", "epochs") if train.get(key) is not None), None)
-    if length is None:
-        problems.append("config.train: neither steps nor epochs is given")
-    elif train[length] <= 0:
-        problems.append(f"config.train.{length}: {train[length]} is not above 0")
-    for key in ("base_learning_rate", "warmup_epochs", "weight_decay", "b1", "b2"):
-        value = config.optim.get(key, 0)
-        if value < 0 or (key in ("b1", "b2") and value >= 1):
-            problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))
-    for group, key, least in (
-        ("log", "every", 1),
-        ("eval", "every", 0),
-        ("eval", "images", 1),
-        ("pictures", "every", 0),
-        ("pictures", "count", 1),
-        ("checkpoint", "every", 0),
-        ("checkpoint", "keep", 1),
-        ("checkpoint", "keep_every", 0),
-    ):
-        value = config[group].get(key)
-        if value is not None and value < least:
-            problems.append(f"config.{group}.{key}: {value} is below {least}")
-    return problems
-
-
-def unknown_names(choices: dict[str, tuple[str, Iterable[str]]]) -> list[str]:
-    """A line for each {key: (word, table)} whose word is no row of its table."""
-    return [
-        f"{key}: no {word!r}; use one of {', '.join(table)}{nearest(word, table)}"
-        for key, (word, table) in choices.items()
-        if word not in table
-    ]
-
-
 def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
     """Make sure that what is in `workdir` can go on as `config` says; print what is different but may be.
 
@@ -354,6 +249,9 @@ def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
         "decoder.",
         "target.",
         "pixels.",
+        "data.source",
+        "data.name",
+        "data.split",
         "data.image_size",
         "data.channels",
         "data.batch_size",
@@ -369,7 +267,7 @@ def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
         print(f"changed: {line}")
 
 
-def summarize(config: ConfigDict, workdir: Path, steps: int, seconds: float) -> None:
+def summarize(config: ConfigDict, workdir: Path, mesh: Mesh, steps: int, seconds: float) -> None:
     """Write summary.json and say where everything is."""
     final = {}
     for line in metrics.read(workdir / "metrics.jsonl"):
@@ -381,7 +279,7 @@ def summarize(config: ConfigDict, workdir: Path, steps: int, seconds: float) -> 
         "images_seen": steps * config.data.batch_size,
         "wall_time_seconds": round(seconds, 1),
         "device": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
+        "device_count": mesh.size,
         "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
         "metrics": final,
     }

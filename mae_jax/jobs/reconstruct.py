@@ -33,6 +33,7 @@ from mae_jax.model.mae import MAE
 from mae_jax.model.masking import Mask
 from mae_jax.model.patches import denormalize, grid_of, normalize, unpatchify
 from mae_jax.model.targets import Target
+from mae_jax.training import checkpoint
 
 WRITES_WORKDIR = True
 PANELS = ("original", "masked", "reconstruction", "visible pasted in")
@@ -48,6 +49,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise ConfigError(problems)
     if not config.init:
         raise ConfigError("config.init: empty; name the workdir of a pretrain run, or one of its checkpoints")
+    if (workdir / checkpoint.FOLDER).exists():
+        raise ConfigError(f"--workdir={workdir}: holds a training run, whose files would be overwritten; name another")
     trained = models.load_config(config.init)
     trained.mask = config.mask
     data = Dataset(**trained.data).held_out_set()

@@ -37,7 +37,9 @@ def place(state, mesh, split):
     """`state` on `mesh`: a copy on every device, or, with `split`, the first axis spread where 8 divides it."""
 
     def sharding(x):
-        return NamedSharding(mesh, PartitionSpec("data") if split and x.ndim and x.shape[0] % 8 == 0 else PartitionSpec())
+        return NamedSharding(
+            mesh, PartitionSpec("data") if split and x.ndim and x.shape[0] % 8 == 0 else PartitionSpec()
+        )
 
     return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), state)
 
