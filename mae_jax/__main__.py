@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        print("mae-jax: interrupted", file=sys.stderr)
+        return 130
     except UserError as error:
         for problem in error.problems:
             print("mae-jax:", " ".join(problem.split()), file=sys.stderr)  # one line each, whatever was quoted

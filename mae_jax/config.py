@@ -28,7 +28,7 @@ from mae_jax.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
 GIVEN_TO_MODULES = {"parent", "name", "dtype", "target_width"}  # attributes of linen modules that jobs fill in
-UNSET = object()  # a required placeholder that has no value yet
+UNSET = object()  # what stands for a required placeholder
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -57,9 +57,11 @@ def load(spec: str, arguments: Sequence[str] = ()) -> ConfigDict:
         raise ConfigError(f"--config={spec}: {type(error).__name__}: {_one_line(error)}") from error
     if type(config) is not ConfigDict:
         raise ConfigError(f"--config={spec}: get_config returns {type(config).__name__}, not ml_collections.ConfigDict")
-    problems = [problem for argument in arguments if (problem := _override(config, argument, spec))]
-    unset = [key for key, value in flatten(config).items() if value is UNSET]
-    problems += [f"config.{key}: {spec} leaves it to you; give --config.{key}=VALUE" for key in unset]
+    problems = [
+        f"config.{key}: a required placeholder, which overrides cannot fill; make it a value or placeholder() in {path}"
+        for key, value in flatten(config).items()
+        if value is UNSET
+    ] or [problem for argument in arguments if (problem := _override(config, argument, spec))]
     if problems:
         raise ConfigError(problems)
     return config
@@ -101,6 +103,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def write_json(path: Path, value) -> None:
+    """Write a JSON file whole or not at all, so that a crash leaves no half of one."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    unfinished.replace(path)
+
+
 def make_workdir(workdir: Path) -> None:
     """Make the folder `workdir` unless it is there.
 
@@ -118,7 +127,7 @@ def make_workdir(workdir: Path) -> None:
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict:
-    """The leaves of a config by dotted path: {"mask.ratio": 0.75, ...}; `UNSET` for what must yet be given."""
+    """The leaves of a config by dotted path: {"mask.ratio": 0.75, ...}; `UNSET` for a required placeholder."""
     leaves = {}
     for key in config:
         try:

@@ -17,7 +17,7 @@ from PIL import Image
 with epy.lazy_imports():
     import tensorflow as tf
 
-LONGEST = 16  # a side, in units of what is needed of it, before it is cut
+MAX_ASPECT = 16  # sides of a resized image over those of its target; else a line of pixels would fill the memory
 
 
 def decode(data, channels: int):
@@ -54,12 +54,12 @@ def resize(image, size: Sequence[int]):
 def _resize_short_side(image, size: Sequence[int], margin: float):
     """Resize so that the image just covers `margin` times `size`, keeping its shape.
 
-    Of an image more than `LONGEST` times as long as that, the middle is taken: else a line of pixels fills the memory.
+    Of an image more than `MAX_ASPECT` times as long as that, only the middle is taken.
     """
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     scale = tf.maximum(margin * size[0] / height, margin * size[1] / width)
-    height = tf.minimum(height, tf.math.ceil(LONGEST * margin * size[0] / scale))
-    width = tf.minimum(width, tf.math.ceil(LONGEST * margin * size[1] / scale))
+    height = tf.minimum(height, tf.math.ceil(MAX_ASPECT * margin * size[0] / scale))
+    width = tf.minimum(width, tf.math.ceil(MAX_ASPECT * margin * size[1] / scale))
     kept = tf.stack([tf.cast(height, tf.int32), tf.cast(width, tf.int32)])
     top, left = tf.unstack((tf.shape(image)[:2] - kept) // 2)
     image = tf.image.crop_to_bounding_box(image, top, left, kept[0], kept[1])

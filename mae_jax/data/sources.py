@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import absl.logging
@@ -18,7 +18,7 @@ from mae_jax.errors import ConfigError
 with epy.lazy_imports():
     import tensorflow_datasets as tfds  # imports TensorFlow, which takes seconds
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def folder(*, split: str, path: str, **_) -> Source:
         root = root / base
     elif base != "all":
         raise ConfigError(f"config.data: no split {split!r}, a folder in {str(root)!r}; use 'all' for the whole tree")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    files = sorted(p for p in _walk(root) if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not files:
         raise ConfigError(f"config.data.path: no image file ({', '.join(sorted(EXTENSIONS))}) below {str(root)!r}")
     index = np.random.default_rng(0).permutation(len(files))[subset(split, {base: len(files)})]
@@ -122,6 +122,12 @@ def folder(*, split: str, path: str, **_) -> Source:
     if len(classes) < 2:
         return image_files([files[i] for i in index])
     return image_files([files[i] for i in index], np.array([classes.index(names[i]) for i in index]), classes)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below `root`; links to folders are followed, as class folders often are links."""
+    for folder, _, names in os.walk(root, followlinks=True):
+        yield from (Path(folder) / name for name in names)
 
 
 def files(*, path: str, **_) -> Source:

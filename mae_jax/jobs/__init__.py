@@ -1,4 +1,7 @@
-"""One file per command. Only these read a config; each has `run(config, workdir)` and a docstring that is its help."""
+"""The only code that reads a config. A command is a file here with `run(config, workdir)` and a docstring as its help.
+
+Beside the commands: `check`, what can be wrong with a config; `models`, from a config or a path to a model.
+"""
 
 # name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it
 JOBS = {

@@ -45,7 +45,7 @@ def load_config(path: str | Path) -> ConfigDict:
 
 
 def load(path: str | Path) -> tuple[MAE, dict]:
-    """A trained autoencoder and its parameters, {"encoder": ..., "decoder": ...}.
+    """A trained autoencoder, computing in float32, and its parameters, {"encoder": ..., "decoder": ...}.
 
     Args:
       path: a workdir, whose newest checkpoint is read, or one checkpoint in it.
@@ -54,6 +54,7 @@ def load(path: str | Path) -> tuple[MAE, dict]:
       CheckpointError: there is none, or it does not fit its config.
     """
     config = load_config(path)
+    config.dtype = "float32"
     model, _ = build(config)
     abstract = jax.eval_shape(lambda: init(model, config, jax.random.key(0)))
     return model, checkpoint.load_params(path, abstract)

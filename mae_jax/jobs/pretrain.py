@@ -28,9 +28,9 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import flatten, make_workdir, schema_problems, to_json
+from mae_jax.config import flatten, make_workdir, schema_problems, to_json, write_json
 from mae_jax.data.pipeline import Dataset
-from mae_jax.errors import ConfigError
+from mae_jax.errors import ConfigError, DataError
 from mae_jax.jobs import check, models, reconstruct
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
@@ -38,7 +38,7 @@ from mae_jax.model.patches import grid_of, normalize
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
 from mae_jax.training import metrics, optim
-from mae_jax.training.checkpoint import Checkpoints
+from mae_jax.training.checkpoint import Checkpoints, steps_in
 from mae_jax.training.evaluate import weighted_means
 from mae_jax.training.loop import Hook, create_state, fit, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh
@@ -52,12 +52,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
     data = open_data(config)
     steps_per_epoch = data.open().size // data.batch_size
     steps = total_steps(steps_per_epoch, **config.train)
+    make_workdir(workdir)
     compare_with_earlier_run(config, workdir)
     checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
-    if (checkpoints.latest_step or 0) >= steps and (workdir / "summary.json").exists():
-        print(f"already complete: {workdir} has trained {checkpoints.latest_step} steps")
+    if (checkpoints.latest_step or 0) > steps:
+        raise ConfigError(
+            f"config.train: {steps} steps, but {workdir} has trained {checkpoints.latest_step}; "
+            "give more, or a new --workdir"
+        )
+    if checkpoints.latest_step == steps and (workdir / "summary.json").exists():
+        print(f"already complete: {workdir} has trained {steps} steps")
         return
-    (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+    write_json(workdir / "config.json", to_json(config))
     (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
 
     mesh = make_mesh(**config.mesh)
@@ -68,7 +74,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
     state = new_state() if checkpoints.latest_step is None else checkpoints.restore(abstract)
     start = int(state.step)
-    print(f"{'resuming' if start else 'training'} from step {start} of {steps} on {mesh.size} device(s)", flush=True)
+    print(
+        f"{'resuming' if start else 'training'} from step {start} of {steps} on {mesh.size} device(s); compiling",
+        flush=True,
+    )
 
     train_step = make_train_step(make_loss(model, target, config), tx, schedule, train_key, mesh)
     batches = data.shuffled(config.seed, start, batch_sharding(mesh))
@@ -142,7 +151,9 @@ def evaluation(
         return {"loss": losses.mse(pred, want), "baseline_loss": losses.mse(guess, want)}
 
     plain = dataclasses.replace(data, augment="none", flip=False)
-    mean, _ = weighted_means(encode, None, plain.once(sharding, images), key)
+    mean, count = weighted_means(encode, None, plain.once(sharding, images), key)
+    if not count:
+        raise DataError(f"config.data: none of the images of the split {data.split!r} can be read")
 
     def hook(state, step):
         means, count = weighted_means(measure, (state.params, mean), data.held_out_set().once(sharding, images), key)
@@ -194,6 +205,12 @@ SCHEMA = {
     "mesh": make_mesh,
 }
 VALUES = {"seed": int, "dtype": str}
+WITHOUT_WHICH_NO_DATA = (
+    "config.data.source",
+    "config.data.batch_size",
+    "config.data.channels",
+    "config.data.image_size",
+)
 
 
 def open_data(config: ConfigDict) -> Dataset:
@@ -206,8 +223,8 @@ def open_data(config: ConfigDict) -> Dataset:
     if problems:
         raise ConfigError(problems)
     problems = check.model_problems(config) + check.run_problems(config)
-    if any(problem.startswith("config.data") for problem in problems):
-        raise ConfigError(problems)  # nothing to open
+    if any(problem.startswith(WITHOUT_WHICH_NO_DATA) for problem in problems):
+        raise ConfigError(problems)
     data = Dataset(**config.data)
     for name, part in {"training": data, "held-out": data.held_out_set()}.items():
         try:
@@ -241,8 +258,7 @@ def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
       ConfigError: the model, the order of the data or the randomness would be another.
     """
     path = workdir / "config.json"
-    make_workdir(workdir)
-    if not (workdir / "checkpoints").exists() or not path.exists():
+    if not steps_in(workdir / "checkpoints") or not path.exists():
         return
     fixed = (
         "encoder.",
@@ -283,7 +299,7 @@ def summarize(config: ConfigDict, workdir: Path, mesh: Mesh, steps: int, seconds
         "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
         "metrics": final,
     }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(workdir / "summary.json", summary)
     if "eval/loss" in final:
         loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
         print(f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of predicting position means")

@@ -14,7 +14,6 @@ held-out split of its training data or another one (config.split). Writes into t
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from mae_jax.config import make_workdir, schema_problems, to_json
+from mae_jax.config import make_workdir, schema_problems, to_json, write_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError, DataError
 from mae_jax.jobs import models
@@ -66,8 +65,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     mask = sample_mask(trained, jax.random.key(config.seed), len(images))
     panels, loss = make_panels(model, target, trained)(params, images, mask)
 
-    (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
-    picture = workdir / "reconstructions" / f"ratio_{config.mask.ratio:g}.png"
+    write_json(workdir / "config.json", to_json(config))
+    ratio = config.mask.get("ratio", 0.75)
+    picture = workdir / "reconstructions" / f"ratio_{ratio:g}.png"
     save_picture(picture, sheet(np.asarray(panels)))
     results = {
         "init": str(config.init),
@@ -76,16 +76,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "loss": float(np.mean(loss)),
         "loss_by_image": dict(zip(names, map(float, loss), strict=True)),
     }
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(workdir / "results.json", results)
     for name, value in results["loss_by_image"].items():
         print(f"{value:8.4f}  {name}")
-    print(f"{results['loss']:8.4f}  mean of {len(images)} images at mask ratio {config.mask.ratio:g}")
+    print(f"{results['loss']:8.4f}  mean of {len(images)} images at mask ratio {ratio:g}")
     print(f"picture  {picture}")
 
 
 def check(config: ConfigDict, data: Dataset, trained: ConfigDict) -> None:
     """Raise a ConfigError with all that is wrong, before anything is compiled."""
     problems = []
+    ratio = config.mask.get("ratio", 0.75)
     rows, cols = grid_of(trained.data.image_size, trained.encoder.patch_size)
     if config.mask.get("name", "random") not in masking.SAMPLERS:
         problems.append(f"config.mask.name: no {config.mask.name!r}; use one of {', '.join(masking.SAMPLERS)}")
@@ -94,7 +95,7 @@ def check(config: ConfigDict, data: Dataset, trained: ConfigDict) -> None:
     if not 0 <= config.seed < 2**32:
         problems.append(f"config.seed: {config.seed} is not between 0 and {2**32 - 1}")
     try:
-        masking.visible_count(rows * cols, config.mask.ratio)
+        masking.visible_count(rows * cols, ratio)
     except ValueError as error:
         problems.append(f"config.mask.ratio: {error}; give a ratio that hides some patches and keeps some")
     try:

@@ -53,11 +53,11 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, if there is one."""
-        return self._orbax.latest_step()
+        return max(steps_in(self._orbax.directory), default=None)
 
     def save(self, state, step: int) -> None:
-        """Start to write `state` as the checkpoint of `step`, unless there is one."""
-        if step not in self._orbax.all_steps():
+        """Start to write `state` as the checkpoint of `step`, unless there is one; step 0 is not worth keeping."""
+        if step and step not in self._orbax.all_steps():
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
             self._orbax.save(step, args=args, force=True)
 
@@ -89,10 +89,16 @@ def locate(path: str | Path) -> Path:
     if (path / "state").is_dir():
         return path
     folder = path if path.name == FOLDER else path / FOLDER
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "state").is_dir()]
+    steps = steps_in(folder)
     if not steps:
         raise CheckpointError(f"{path}: no checkpoint here; name a workdir of a run, or one of its checkpoints/STEP")
     return folder / str(max(steps))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in `folder`; anything else that lies there is none."""
+    items = ("state", "config")
+    return [int(p.name) for p in folder.glob("*") if p.name.isdigit() and all((p / item).is_dir() for item in items)]
 
 
 def load_config(path: str | Path) -> dict:

@@ -121,7 +121,8 @@ def fit(
                 batch = next(batches)
             state, scalars = train_step(state, batch)
             if step == first:
-                progress.start(step + 1, jax.block_until_ready(scalars))
+                jax.block_until_ready(scalars)
+                progress.start(step + 1)
             if (step + 1) % every == 0 or step + 1 == steps:
                 progress.log(step + 1, jax.device_get(scalars))
     return state

@@ -74,7 +74,7 @@ class Progress:
         self.began = time.perf_counter()
         self.step = None
 
-    def start(self, step: int, scalars: Mapping) -> None:
+    def start(self, step: int) -> None:
         """The first step is done, so all is compiled: time from here."""
         print(f"first step after {time.perf_counter() - self.began:.1f} s", flush=True)
         self._mark(step)

@@ -13,6 +13,8 @@ from PIL import Image
 
 from mae_jax.data import pipeline
 from mae_jax.data.pipeline import CHUNK, Dataset
+from mae_jax.data.sources import SOURCES, Source
+from mae_jax.errors import DataError
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
 AUGMENTED = {"augment": "random_resized_crop", "flip": True}
@@ -96,31 +98,34 @@ def sets(tmp_path_factory, tfds_dir):
         "digits": Dataset(**digits),
         "synthetic": Dataset(**SYNTHETIC, batch_size=16, **AUGMENTED),
         "folder": folder(root, **AUGMENTED),
-        "files": folder(root, **AUGMENTED | {"augment": "fixed_crop"}),
+        "files": Dataset(source="files", path=f"{root}/*.jpg", batch_size=8, image_size=(16, 16), augment="fixed_crop"),
         "tfds": Dataset(source="tfds", **mini, batch_size=8, image_size=(4, 4), channels=1, **AUGMENTED),
     }
 
 
-@pytest.mark.parametrize("name", pipeline.SOURCES)
-def test_what_a_batch_is(name, sets):
-    data, spread = sets[name], sharding()
-    (batch,) = itertools.islice(data.shuffled(0, 0, spread), 1)
-    n = data.batch_size
+@pytest.fixture(scope="module")
+def running(sets):
+    """The first batches of each of these sets under seed 3, on 8 devices."""
+    return {name: list(itertools.islice(data.shuffled(3, 0, sharding()), 8)) for name, data in sets.items()}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_a_batch_is(name, sets, running):
+    data, batch = sets[name], running[name][0]
     shapes = {key: (value.shape, str(value.dtype)) for key, value in batch.items()}
     assert shapes == {
-        "image": ((n, *data.image_size, data.channels), "uint8"),
-        "label": ((n,), "int32"),
-        "weight": ((n,), "float32"),
+        "image": ((data.batch_size, *data.image_size, data.channels), "uint8"),
+        "label": ((data.batch_size,), "int32"),
+        "weight": ((data.batch_size,), "float32"),
     }
-    assert all(value.sharding == spread for value in batch.values())
+    assert all(value.sharding == sharding() for value in batch.values())
 
 
-@pytest.mark.parametrize("name", pipeline.SOURCES)
-def test_any_step_can_be_made_again_bit_for_bit(name, sets):
-    running = take(sets[name].shuffled(3, 0, sharding()), 8)
-    for step in (0, 1, 4, 7):
-        (again,) = take(sets[name].shuffled(3, step, sharding()), 1)
-        assert same(again, running[step])
+@pytest.mark.parametrize("name", SOURCES)
+def test_any_step_can_be_made_again_bit_for_bit(name, sets, running):
+    for step in (1, 6):
+        again, after = take(sets[name].shuffled(3, step, sharding()), 2)
+        assert same(again, running[name][step]) and same(after, running[name][step + 1])
 
 
 def test_a_step_far_away_is_there_at_once(sets):
@@ -146,25 +151,29 @@ def test_every_epoch_has_every_image_once_in_an_order_of_its_own(batch_size):
     assert seen["label"].tolist() == labels.tolist() and seen["weight"].all()
 
 
-def test_epochs_are_mixed_well():
-    """Where an image stands in one epoch says nothing about where it stands in the next."""
-    data = Dataset(source="digits", split="train[:1024]", batch_size=1024, image_size=(8, 8), channels=1)
-    images = data.open().read(np.arange(1024))[0]
-    place = {image.tobytes(): i for i, image in enumerate(images)}
-    order = [
-        np.array([place[x.tobytes()] for x in batch["image"]]) for batch in take(data.shuffled(0, 0, sharding()), 4)
-    ]
-    order = [np.arange(1024), *order]
-    for a, b in itertools.combinations(order, 2):
-        assert abs(np.corrcoef(np.argsort(a), np.argsort(b))[0, 1]) < 0.13  # four standard deviations
+@pytest.mark.parametrize("size", [1000, 10_000])
+def test_epochs_are_mixed_well(size, monkeypatch):
+    """Where an example stands in one epoch says nothing about where it stands in another, nor what stands beside it."""
+
+    def numbered(**_):
+        read = lambda index: (np.zeros((len(index), 1, 1, 1), np.uint8), index)  # noqa: E731
+        return Source(size, read, False, str, 1)
+
+    monkeypatch.setitem(SOURCES, "numbered", numbered)
+    data = Dataset(source="numbered", batch_size=size // 5, image_size=(1, 1), channels=1)
+    orders = joined(take(data.shuffled(0, 0, sharding()), 15))["label"].reshape(3, size)
+    assert (np.sort(orders, axis=1) == np.arange(size)).all()
+    limit = 4 / size**0.5  # four standard deviations of a correlation
+    for a, b in itertools.combinations([np.arange(size), *orders], 2):
+        assert abs(np.corrcoef(a, b)[0, 1]) < limit
+    for order in orders:
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < limit
 
 
-@pytest.mark.parametrize("options", [{}, AUGMENTED])
-def test_seeds_give_other_orders(options):
-    data = Dataset(**SYNTHETIC, batch_size=40, **options)
-    batches = [take(data.shuffled(seed, 0, sharding()), 1)[0] for seed in (0, 1, 2, 2**32 - 1, 0)]
-    assert same(batches[0], batches[4])
-    for a, b in itertools.combinations(batches[:4], 2):
+def test_seeds_give_other_batches():
+    data = Dataset(**SYNTHETIC, batch_size=40)
+    orders = [take(data.shuffled(seed, 0, sharding()), 1)[0] for seed in (0, 1, 2**32 - 1)]
+    for a, b in itertools.combinations(orders, 2):
         assert not same(a, b)
 
 
@@ -177,9 +186,7 @@ def test_augmentation_is_drawn_anew_every_epoch(tmp_path):
     assert len({image.tobytes() for image in images}) == 8
 
 
-@pytest.mark.parametrize(
-    ("size", "limit"), [(40, None), (13, None), (8, None), (1, None), (40, 11), (40, 8), (13, 500)]
-)
+@pytest.mark.parametrize(("size", "limit"), [(40, None), (13, None), (1, None), (40, 11), (40, 8), (13, 500)])
 def test_once_is_every_example_once_in_order(size, limit):
     data = Dataset(**SYNTHETIC | {"split": f"train[:{size}]"}, batch_size=8)
     batches = take(data.once(sharding(), limit), 100)
@@ -199,34 +206,28 @@ def test_held_out_images_are_not_augmented():
     assert np.array_equal(batch["image"], plain.open().read(np.arange(16))[0])
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic", "folder", "tfds"])
-@pytest.mark.parametrize("devices", [1, 2])
-def test_the_same_batches_on_any_number_of_devices(name, devices, sets):
-    data = sets[name]
-    for eight, few in ((data.shuffled, data.shuffled), (data.once, data.once)):
-        arguments = (1, 2) if eight == data.shuffled else ()
-        a, b = take(eight(*arguments, sharding(8)), 2), take(few(*arguments, sharding(devices)), 2)
-        assert all(same(x, y) for x, y in zip(a, b, strict=True))
+@pytest.mark.parametrize(("name", "devices"), [("digits", 1), ("folder", 1), ("synthetic", 2)])
+def test_the_same_batches_on_any_number_of_devices(name, devices, sets, running):
+    few = take(sets[name].shuffled(3, 0, sharding(devices)), 3)
+    assert all(same(a, b) for a, b in zip(few, running[name], strict=False))
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-@pytest.mark.parametrize("name", ["synthetic", "folder"])
-def test_hosts_make_their_parts_of_the_same_batches(name, hosts, sets, monkeypatch):
+@pytest.mark.parametrize(("name", "hosts"), [("folder", 2), ("synthetic", 4)])
+def test_hosts_make_their_parts_of_the_same_batches(name, hosts, sets, running, monkeypatch):
     data = sets[name]
-    whole = take(data.shuffled(0, 5, sharding()), 3)
-    whole_once = take(data.once(sharding()), 10)
+    whole = {"shuffled": running[name][5:7], "once": take(data.once(sharding()), 10)}
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, part: part)
-    parts, parts_once = [], []
+    parts = {"shuffled": [], "once": []}
     for host in range(hosts):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        parts.append(take(data.shuffled(0, 5, None), 3))
-        parts_once.append(take(data.once(None), 10))
-    assert len(parts[0][0]["weight"]) == data.batch_size // hosts
-    for want, made in ((whole, parts), (whole_once, parts_once)):
-        assert [len(part) for part in made] == [len(want)] * hosts
+        parts["shuffled"].append(take(data.shuffled(3, 5, None), 2))
+        parts["once"].append(take(data.once(None), 10))
+    for kind, want in whole.items():
+        assert [len(part) for part in parts[kind]] == [len(want)] * hosts
         for i, batch in enumerate(want):
-            assert same(batch, joined(part[i] for part in made))
+            assert all(len(part[i]["weight"]) == data.batch_size // hosts for part in parts[kind])
+            assert same(batch, joined(part[i] for part in parts[kind]))
 
 
 @pytest.mark.parametrize(
@@ -275,9 +276,7 @@ def test_a_bad_file_changes_nothing_else_in_training(tmp_path, caplog):
     kept = b["weight"] == 1
     assert np.array_equal(a["image"][kept], b["image"][kept]) and not b["image"][~kept].any()
     assert np.array_equal(a["label"], b["label"])
-    assert {path: n for path, n in complaints(caplog).items() if n >= 2} == {
-        bad.open().name(i): complaints(caplog)[bad.open().name(i)] for i in (4, 9)
-    }
+    assert complaints(caplog) == {bad.open().name(i): 2 for i in (4, 9)}
 
 
 def test_a_set_in_which_nothing_can_be_read_goes_on(tmp_path, caplog):
@@ -290,14 +289,21 @@ def test_a_set_in_which_nothing_can_be_read_goes_on(tmp_path, caplog):
 
 def test_a_file_deleted_while_training_weighs_nothing(tmp_path, caplog):
     data = make_folder(tmp_path / "tree", 8)
-    batches = data.once(sharding())
-    gone = Path(data.open().name(2))
-    gone.unlink()
-    gone.mkdir()  # still there when the folder is listed... but a folder
-    gone.rmdir()
-    source = data.open()
-    assert source.size == 7
-    del batches
+    batches = data.shuffled(0, 0, sharding())
+    assert next(batches)["weight"].all()
+    gone = data.open().name(2)
+    Path(gone).unlink()
+    later = take(batches, 250)  # what was read ahead is still whole
+    assert (later[-1]["weight"] == 0).sum() == 1
+    assert set(complaints(caplog)) == {gone}
+
+
+def test_images_that_get_lost_are_an_error(tmp_path, monkeypatch):
+    """As when there is no memory to prepare them, even with what cannot be decoded replaced."""
+    data = make_folder(tmp_path / "tree", 40, bad=(20,))
+    monkeypatch.setattr(pipeline, "_decodable", lambda images: np.ones(len(images), bool))
+    with pytest.raises(DataError, match="lost"):
+        take(data.once(sharding()), 10)
 
 
 def test_big_images_among_small_ones(tmp_path):
@@ -336,7 +342,7 @@ MIXED = {
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_tree_of_all_kinds_of_files(channels, tmp_path, caplog):
     for i, (place, (fmt, mode)) in enumerate(MIXED.items()):
-        grey = np.full((30 + i, 40), 250, np.uint8)
+        grey = np.full((30 + i, 40), 255, np.uint8)
         image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / place, fmt)
@@ -345,7 +351,7 @@ def test_a_tree_of_all_kinds_of_files(channels, tmp_path, caplog):
     whole = joined(take(data.once(sharding()), 9))
     assert whole["weight"].sum() == len(MIXED) and not complaints(caplog)
     assert whole["image"].shape[1:] == (16, 16, channels)
-    assert (np.abs(whole["image"][: len(MIXED)].astype(int) - 250) <= 5).all()
+    assert (whole["image"][: len(MIXED)] >= 250).all()
     random = folder(tmp_path, channels=channels, **AUGMENTED)
     assert all(batch["weight"].all() for batch in take(random.shuffled(0, 0, sharding()), 4))
 

@@ -153,8 +153,8 @@ def test_speed_counts_training_and_waiting_but_not_compiling_evaluating_and_savi
     ]
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "first step after 100.0 s"
-    assert shown[1].split() == "step 11/40 28% loss 2.0000 80 images/s 0:00:11 left".split()
-    assert shown[2].split() == "step 21/40 52% loss 1.0000 160 images/s 0:00:03 left".split()
+    assert " ".join(shown[1].split()) == "step 11/40 28% loss 2.0000 80 images/s 0:00:11 left"
+    assert " ".join(shown[2].split()) == "step 21/40 52% loss 1.0000 160 images/s 0:00:03 left"
 
 
 def speed(images_per_second, waiting):
