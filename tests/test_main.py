@@ -1,4 +1,4 @@
-"""The command line: what it says unasked, and one line with exit code 2 for each mistake, before anything is compiled."""
+"""The command line: what it says unasked, and one line with exit code 2 for each mistake, with nothing compiled."""
 
 import os
 import random
@@ -20,6 +20,7 @@ DIGITS = "configs/pretrain.py:digits"
 IMAGENET = "configs/pretrain.py:vit_b16"
 SYNTHETIC = "--config.data.source=synthetic --config.data.image_size=(32,32) --config.data.batch_size=8"
 FOLDER = "--config.data.source=folder --config.data.split=all[:50%] --config.data.held_out=all[50%:]"
+FOLDER += " --config.data.batch_size=8"
 TFDS = "--config.data.source=tfds --config.data.data_dir={tmp}/tfds"
 USER = """
 import runpy
@@ -87,7 +88,7 @@ MISTAKES = {
     "unknown augmentation": (f"{DIGITS} --config.data.augment=crop", ["config.data.augment", "fixed_crop"]),
     "unknown split": (f"{DIGITS} --config.data.split=trian", ["split", "'trian'", "train"]),
     "unknown held-out split": (f"{DIGITS} --config.data.held_out=validation", ["'validation'", "test"]),
-    "empty split": (f"{DIGITS} --config.data.split=train[:0]", ["'train[:0]'", "0 images", "batch_size 256"]),
+    "empty split": (f"{DIGITS} --config.data.split=train[:0]", ["'train[:0]'", "0 images", "batch_size"]),
     "empty held-out split": (f"{DIGITS} --config.data.held_out=test[:0]", ["'test[:0]'", "0 images"]),
     "batch larger than the set": (f"{DIGITS} --config.data.batch_size=1440", ["1438 images", "batch_size 1440"]),
     "huge batch": (f"{DIGITS} --config.data.batch_size=80000000000000000000", ["1438 images"]),
@@ -103,7 +104,7 @@ MISTAKES = {
         f"{DIGITS} --config.data.channels=0 --config.pixels.mean=() --config.pixels.std=()",
         ["config.data.channels: 0"],
     ),
-    "channels of files": (f"{DIGITS} {FOLDER} --config.data.path={{tmp}}/one --config.data.channels=4", ["1 or 3"]),
+    "channels of files": (f"{DIGITS} {FOLDER} --config.data.path={{tmp}}/some --config.data.channels=4", ["1 or 3"]),
     "length of mean": (f"{DIGITS} --config.pixels.mean=(0.5,0.5)", ["config.pixels.mean", "channels 1"]),
     "length of std": (f"{DIGITS} --config.pixels.std=(0.5,0.5)", ["config.pixels.std", "channels 1"]),
     "std 0": (f"{DIGITS} --config.pixels.std=(0.0,)", ["config.pixels.std", "above 0"]),
@@ -116,8 +117,8 @@ MISTAKES = {
     "a file for a folder": (f"{DIGITS} {FOLDER} --config.data.path={{tmp}}/file", ["config.data.path", "{tmp}/file"]),
     "empty folder": (f"{DIGITS} {FOLDER} --config.data.path={{tmp}}/empty", ["config.data.path", "no image file"]),
     "no such folder split": (
-        f"{DIGITS} {FOLDER} --config.data.path={{tmp}}/one --config.data.held_out=val",
-        ["'val'", "{tmp}/one", "'all'"],
+        f"{DIGITS} {FOLDER} --config.data.path={{tmp}}/some --config.data.held_out=val",
+        ["'val'", "{tmp}/some", "'all'"],
     ),
     "no files": (f"{DIGITS} --config.data.source=files --config.data.path={{tmp}}/*.png", ["{tmp}/*.png"]),
     "unknown data set": (f"{DIGITS} {TFDS} --config.data.name=fashion_mnst", ["did you mean 'fashion_mnist'?"]),
@@ -157,7 +158,10 @@ MISTAKES = {
     "mesh of 0": (f"{DIGITS} --config.mesh.data=0", ["config.mesh.data", "0", "8 device"]),
     "mesh of 9": (f"{DIGITS} --config.mesh.data=9", ["config.mesh.data", "9", "8 device"]),
     "negative mesh": (f"{DIGITS} --config.mesh.data=-2", ["config.mesh.data", "-2", "8 device"]),
-    "mesh versus batch": (f"{DIGITS} --config.mesh.data=3", ["config.data.batch_size", "256", "3 device"]),
+    "mesh versus batch": (
+        f"{DIGITS} --config.mesh.data=3 --config.data.batch_size=16",
+        ["config.data.batch_size", "16", "3 device"],
+    ),
     # what no one types twice
     "two lines": (f"{DIGITS} --config.data.split=tr\nain", ["split"]),
     "two lines in a key": (f"{DIGITS} --config.da\nta=3", ["--config.GROUP.KEY=VALUE"]),
@@ -179,7 +183,7 @@ MISTAKES_IN_FILES = {
     "config.maks = config.mask": ["config.maks", "did you mean mask?"],
     "config.extra = 1": ["config.extra"],
     "del config.data.batch_size; config.data.batch_size = '8'": ["config.data.batch_size", "'8'", "int"],
-    "config.data.batch_size = '8'": ["batch_size", "'8'" if False else "8", "int"],
+    "config.data.batch_size = '8'": ["batch_size", "8", "int"],
     "del config.data.image_size; config.data.image_size = 8": ["config.data.image_size", "Sequence[int]"],
     "del config.mask; config.mask = 0.75": ["config.mask"],
     "config.mask.ratio = None": ["config.mask.ratio", "None"],
@@ -214,10 +218,11 @@ def compilations():
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys, compilations):
     """Run a job that must fail, and check how: exit code 2, nothing compiled, nothing made. Gives the lines it says."""
-    for folder in ("empty", "one"):
+    for folder in ("empty", "some"):
         (tmp_path / folder).mkdir()
     (tmp_path / "file").write_text("")
-    (tmp_path / "one/a.png").write_bytes(b"not yet looked at")
+    for i in range(20):
+        (tmp_path / f"some/{i}.png").write_bytes(b"not looked at so early")
     before = set(tmp_path.rglob("*"))
     monkeypatch.chdir(ROOT)
 
@@ -391,7 +396,7 @@ def bad_commands(count):
         yield [f"--config.{key}={choose.choice(NASTY)}" for key in changed]
 
 
-@pytest.mark.parametrize("count", [250, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [250, pytest.param(3000, marks=pytest.mark.slow)])
 def test_no_override_ends_in_a_traceback(count, past_the_checks, tmp_path, capsys, monkeypatch):
     """Thrown at random: each is taken, or refused with one line a problem and exit code 2."""
     monkeypatch.chdir(tmp_path)
@@ -432,9 +437,8 @@ def test_no_words_end_in_a_traceback(past_the_checks, capsys, tmp_path, monkeypa
 def test_every_key_with_a_default_may_be_left_out(tmp_path, past_the_checks):
     """What `schema_problems` lets pass, the job must not stumble over."""
     path = tmp_path / "own.py"
-    change = """required = {"source", "batch_size", "image_size", "mean", "std", "patch_size", "width", "depth", "heads"}
-    required |= {"every", "steps"}
-    config.target.lock()
+    change = """
+    required = {"source", "batch_size", "image_size", "patch_size", "width", "depth", "heads", "every", "steps"}
     for group in ("data", "mask", "encoder", "decoder", "optim", "eval", "pictures", "checkpoint", "log", "mesh"):
         for key in list(config[group]):
             if key not in required:
@@ -515,7 +519,8 @@ def test_the_console_script_lists_the_jobs_at_once():
     code, out, lines, seconds = process(str(script))
     assert code == 0 and lines == [] and seconds < 2
     assert all(name in out for name in JOBS)
-    assert process(str(script), "pretran")[:3:2] == (2, lines := process(str(script), "pretran")[2]) and len(lines) == 1
+    code, out, lines, seconds = process(str(script), "pretran")
+    assert code == 2 and out == "" and len(lines) == 1 and seconds < 2
 
 
 def test_the_package_names_what_it_offers():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mae_jax.data.pipeline import Dataset
 from mae_jax.model import masking, targets
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.patches import grid_of
@@ -27,8 +28,8 @@ def build(config: Mapping) -> tuple[MAE, Target]:
 
 def example_images(config: Mapping) -> jax.ShapeDtypeStruct:
     """One normalised image, as its shape: f32[1,H,W,C]."""
-    data = config["data"]
-    return jax.ShapeDtypeStruct((1, *data["image_size"], data["channels"]), jnp.float32)
+    data = Dataset(**config["data"])
+    return jax.ShapeDtypeStruct((1, *data.image_size, data.channels), jnp.float32)
 
 
 def init(model: MAE, config: Mapping, key: jax.Array) -> dict:

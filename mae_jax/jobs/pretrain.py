@@ -243,9 +243,10 @@ def open_data(config: ConfigDict) -> Dataset:
                 f"config.data: the {name} split {part.split!r} has {size} images, fewer than "
                 + (f"config.data.batch_size {least}" if name == "training" else "one")
             )
-        elif name == "training" and not 1 <= total_steps(size // least, **config.train) < 2**31:
+        elif name == "training" and not any(problem.startswith("config.train") for problem in problems):
             steps = total_steps(size // least, **config.train)
-            problems.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
+            if not 1 <= steps < 2**31:
+                problems.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return data

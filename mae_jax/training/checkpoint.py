@@ -9,12 +9,14 @@ The step is also the position in the data, so nothing else needs saving.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from mae_jax.errors import CheckpointError
 
@@ -119,16 +121,12 @@ def load_params(path: str | Path, abstract: dict) -> dict:
     where = locate(path)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        _compare(checkpointer.metadata(where.absolute() / "state").item_metadata.tree, abstract, where, partly=True)
-        restored = checkpointer.restore(
-            where.absolute() / "state",
-            ocp.args.PyTreeRestore(
-                item=abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
-            ),
-        )
+    folder = epath.Path(where.absolute() / "state")
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        _compare(handler.metadata(folder).tree, abstract, where, partly=True)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
+        restored = handler.restore(folder, args=args)
     return restored["params"]
 
 

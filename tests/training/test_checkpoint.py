@@ -99,7 +99,7 @@ def test_a_state_moves_from_8_devices_to_1_and_on_to_4_bit_for_bit(split, tmp_pa
     state = place(make_state(), make_mesh(data=8), split)
     if split:
         assert state.params["encoder"]["kernel"].addressable_shards[0].data.shape == (2, 4)
-    for step, devices in enumerate((1, 4)):
+    for step, devices in ((1, 1), (2, 4)):
         writer = Checkpoints(tmp_path, CONFIG)
         writer.save(state, step)
         writer.close()
@@ -149,6 +149,25 @@ def test_a_checkpoint_cut_short_by_a_crash_is_not_seen_and_swept_away(tmp_path):
     assert_same_bits(checkpoints.restore(shapes_of(state)), state)
     checkpoints.close()
     assert not cut.exists()
+
+
+def test_a_stray_folder_is_not_the_latest_step(tmp_path):
+    state = saved(tmp_path, 3)
+    for stray in ("9", "10/state", "notes"):
+        (tmp_path / "checkpoints" / stray).mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    assert checkpoints.latest_step == 3
+    assert_same_bits(checkpoints.restore(shapes_of(state)), state)
+    checkpoints.save(state, 4)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, CONFIG)
+    assert again.latest_step == 4
+    again.close()
+
+
+def test_the_untrained_state_is_not_saved(tmp_path):
+    saved(tmp_path, 0)
+    assert steps_in(tmp_path) == []
 
 
 def test_a_run_without_checkpoints_has_no_latest_step(tmp_path):

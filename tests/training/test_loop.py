@@ -55,7 +55,7 @@ class Run:
         assert int(state.step) == step
         self.events.append(f"last save {step}")
 
-    def start(self, step, scalars):
+    def start(self, step):
         self.events.append(f"start {step}")
 
     def log(self, step, scalars):

@@ -139,7 +139,7 @@ def test_speed_counts_training_and_waiting_but_not_compiling_evaluating_and_savi
     spend(clock, 7.0, progress.paused)  # evaluation of the fresh model
     spend(clock, 3.0, progress.waiting)  # the first batch
     spend(clock, 90.0)  # compilation
-    progress.start(1, {"loss": 3.0})
+    progress.start(1)
     spend(clock, 1.0, progress.waiting)
     spend(clock, 3.0)
     progress.log(11, {"loss": 2.0, "grad_norm": 5.0})
@@ -168,7 +168,7 @@ def test_the_first_step_has_no_speed(clock):
     lines = Lines()
     progress = metrics.Progress(lines, steps=3, batch_size=8)
     spend(clock, 60.0)
-    progress.start(1, {"loss": 1.0})
+    progress.start(1)
     progress.log(1, {"loss": 1.0})
     spend(clock, 2.0)
     progress.log(2, {"loss": 0.5})
@@ -177,7 +177,7 @@ def test_the_first_step_has_no_speed(clock):
 
 def test_time_left_counts_hours(clock, capsys):
     progress = metrics.Progress(Lines(), steps=10_001, batch_size=1)
-    progress.start(1, {})
+    progress.start(1)
     spend(clock, 1.0)
     progress.log(2, {"loss": 1.0})
     assert "2:46:39 left" in capsys.readouterr().out

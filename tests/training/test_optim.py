@@ -107,7 +107,7 @@ def test_without_gradients_decay_shrinks_by_rate_times_decay_and_leaves_biases_a
 def test_decay_touches_kernels_and_tokens_not_biases_and_norms():
     config = {
         "dtype": "float32",
-        "data": {"image_size": (8, 8), "channels": 3},
+        "data": {"source": "digits", "batch_size": 1, "image_size": (8, 8), "channels": 3},
         "encoder": {"patch_size": 4, "width": 8, "depth": 2, "heads": 2},
         "decoder": {"width": 8, "depth": 1, "heads": 2},
         "target": {"name": "pixels"},
