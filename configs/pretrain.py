@@ -128,7 +128,13 @@ def cifar10() -> ConfigDict:
 
 
 def fashion_mnist() -> ConfigDict:
-    """Ten kinds of clothing on a laptop; prepare the data with mae-jax prepare --config=configs/prepare.py."""
+    """Ten kinds of clothing on a laptop; prepare the data with mae-jax prepare --config=configs/prepare.py.
+
+    Measured, with seed 0 on two cores: eval/loss falls from 2.99 (step 0) over 0.577 (step 234) to 0.429 (step 2340),
+    0.73 of eval/baseline_loss 0.589; 600 to 750 images/s with little else running, 599,040 images. The cls token of
+    10,000 training images, standardised, tells 80.8 % of 5,000 test images apart by logistic regression, 77.7 % by
+    20 nearest neighbours.
+    """
     config = paper()
     config.encoder.update(width=96, depth=4, heads=3, patch_size=4)
     config.decoder.update(width=64, depth=1, heads=2)
@@ -147,7 +153,11 @@ def fashion_mnist() -> ConfigDict:
 
 
 def digits() -> ConfigDict:
-    """The quickstart: 1438 handwritten digits of 8x8 pixels, 359 held out."""
+    """The quickstart: 1438 handwritten digits of 8x8 pixels, 359 held out.
+
+    Measured, with seed 0: eval/loss falls from 2.56 to 0.322, 0.64 of eval/baseline_loss 0.506, in 137 seconds of CPU
+    time, start-up included.
+    """
     config = paper()
     config.encoder.update(width=64, depth=3, heads=2, patch_size=2)
     config.decoder.update(width=64, depth=1, heads=2)
