@@ -42,6 +42,10 @@ def decode(data, channels: int):
 
 def _decode_with_pillow(data: np.ndarray) -> np.ndarray:
     with Image.open(io.BytesIO(data[0])) as image:
+        if image.mode.startswith("I;16"):  # Pillow would clip to 255 what is brighter
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32-bit pixels, of which nobody knows the range")
         return np.asarray(image.convert("RGB"))
 
 

@@ -125,8 +125,10 @@ def folder(*, split: str, path: str, **_) -> Source:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """All files below `root`; links to folders are followed, as class folders often are links."""
-    for folder, _, names in os.walk(root, followlinks=True):
+    """All files below `root`; links to folders are followed, as class folders often are links, but never in a circle."""
+    for folder, below, names in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        below[:] = [name for name in below if not here.is_relative_to((here / name).resolve())]
         yield from (Path(folder) / name for name in names)
 
 
