@@ -125,11 +125,14 @@ def folder(*, split: str, path: str, **_) -> Source:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """All files below `root`; links to folders are followed, as class folders often are links, but never in a circle."""
+    """All files below `root`. Links to folders are followed, as class folders often are links, but no folder twice."""
+    seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()
-        below[:] = [name for name in below if not here.is_relative_to((here / name).resolve())]
-        yield from (Path(folder) / name for name in names)
+        real = os.path.realpath(folder)
+        below[:] = [] if real in seen else sorted(below)
+        if real not in seen:
+            seen.add(real)
+            yield from (Path(folder) / name for name in names)
 
 
 def files(*, path: str, **_) -> Source:

@@ -293,6 +293,9 @@ FILES = {
     "palette png": (encoded(PALETTE, "PNG"), QUANTIZED, 0),
     "1-bit png": (encoded(Image.fromarray(GREY[..., 0] > 127), "PNG"), (GREY > 127) * 255, 0),
     "16-bit png": (encoded(GREY.astype(np.uint16) * 256 + 77, "PNG"), GREY, 0),
+    "tiff": (encoded(RGB, "TIFF"), RGB, 0),
+    "16-bit tiff": (encoded(GREY.astype(np.uint16) * 256 + 77, "TIFF"), GREY, 0),
+    "cmyk tiff": (encoded(RGB, "TIFF", "CMYK"), RGB, 0),
     "gif": (encoded(PALETTE, "GIF"), QUANTIZED, 0),
     "animated gif": (
         encoded(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)] * 3),
@@ -339,9 +342,12 @@ def test_eight_bit_grey_is_exact():
     assert np.array_equal(decode(tf.constant(encoded(grey, "PNG")), 1)[..., 0], grey)
 
 
+FLOATS = encoded(Image.fromarray(np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10)), "TIFF")  # of what range?
+
+
 @pytest.mark.parametrize(
-    "data", [b"", b"\x89PNG\r\n", b"not a picture" * 50, *(FILES[n][0][:-60] for n in ("jpeg", "png"))]
+    "data", [b"", b"\x89PNG\r\n", b"not a picture" * 50, FLOATS, *(FILES[n][0][:-60] for n in ("jpeg", "png"))]
 )
 def test_what_is_no_picture_is_an_error(data):
-    with pytest.raises((tf.errors.OpError, OSError)):
+    with pytest.raises((tf.errors.OpError, OSError, ValueError)):
         decode(tf.constant(data), 3)

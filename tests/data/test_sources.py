@@ -2,6 +2,7 @@
 
 import io
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mae_jax.data import sources
 from mae_jax.data.sources import SOURCES, subset
 from mae_jax.errors import ConfigError
 
@@ -211,6 +211,22 @@ def test_a_folder_without_folders_has_no_labels(tmp_path):
     assert source.labels == () and source.read(np.array([0]))[1].tolist() == [-1]
 
 
+def test_links_to_folders_are_followed_but_never_in_a_circle(tmp_path):
+    for place in ("tree/cat/1.png", "tree/dog/2.png", "elsewhere/3.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place)
+    tree = tmp_path / "tree"
+    (tree / "eel").symlink_to(tmp_path / "elsewhere")
+    (tree / "cat/up").symlink_to(tree)
+    (tree / "cat/dogs").symlink_to(tree / "dog")
+    (tree / "dog/cats").symlink_to(tree / "cat")
+    (tree / "gone.png").symlink_to(tmp_path / "gone.png")
+    source = SOURCES["folder"](path=str(tree), split="all")
+    names = [Path(source.name(i)) for i in range(source.size)]
+    assert sorted(name.name for name in names) == ["1.png", "2.png", "3.png"]
+    assert "eel" in source.labels
+
+
 @pytest.mark.parametrize("path", ["", "gone", "~no_such_user_here/x", "file.png", "x" * 5000])
 def test_a_missing_folder_is_named(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
@@ -231,7 +247,7 @@ def test_an_unreadable_file_comes_as_no_bytes(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
     source = SOURCES["folder"](path=str(tmp_path), split="all")
     gone = 1
-    sources.Path(source.name(gone)).unlink()
+    Path(source.name(gone)).unlink()
     images, labels = source.read(np.arange(3))
     assert [bool(image) for image in images] == [i != gone for i in range(3)] and len(labels) == 3
 
