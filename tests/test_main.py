@@ -396,7 +396,7 @@ def bad_commands(count):
         yield [f"--config.{key}={choose.choice(NASTY)}" for key in changed]
 
 
-@pytest.mark.parametrize("count", [250, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
 def test_no_override_ends_in_a_traceback(count, past_the_checks, tmp_path, capsys, monkeypatch):
     """Thrown at random: each is taken, or refused with one line a problem and exit code 2."""
     monkeypatch.chdir(tmp_path)
