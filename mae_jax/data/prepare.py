@@ -56,22 +56,22 @@ def restore_fashion_mnist(packaged: Path, folder: Path) -> Path:
     """Write the official Fashion-MNIST archives, bit for bit, from those of Debian's dataset-fashion-mnist package.
 
     Debian's build drops each file name from the gzip header and zeroes its time, and TFDS's checksums no longer
-    match; the compressed data are the same. Any other file is copied as it is.
+    match; the compressed data are the same. An archive that still has its name is copied as it is.
 
     Returns:
       `folder`.
     """
-    archives = sorted(packaged.glob("*-ubyte.gz"))
-    if not archives:
+    names = [f"{part}-{kind}-ubyte.gz" for part in FASHION_MNIST_TIMES for kind in ("images-idx3", "labels-idx1")]
+    missing = [name for name in names if not (packaged / name).is_file()]
+    if missing:
         raise ConfigError(
-            f"config.data.manual_dir: no Fashion-MNIST archive in {str(packaged)!r}; on Debian: "
+            f"config.data.manual_dir: no {', '.join(missing)} in {str(packaged)!r}; on Debian: "
             "apt-get install dataset-fashion-mnist"
         )
-    for archive in archives:
-        data = archive.read_bytes()
-        time = FASHION_MNIST_TIMES.get(archive.name.split("-")[0])
-        if time and data[:4] == b"\x1f\x8b\x08\x00":  # gzip without a name
-            time = struct.pack("<I", time)
-            data = data[:3] + b"\x08" + time + data[8:10] + archive.stem.encode() + b"\0" + data[10:]
-        (folder / archive.name).write_bytes(data)
+    for name in names:
+        data = (packaged / name).read_bytes()
+        if data[:4] == b"\x1f\x8b\x08\x00":  # gzip without a name
+            time = struct.pack("<I", FASHION_MNIST_TIMES[name.split("-")[0]])
+            data = data[:3] + b"\x08" + time + data[8:10] + name.removesuffix(".gz").encode() + b"\0" + data[10:]
+        (folder / name).write_bytes(data)
     return folder

@@ -85,19 +85,24 @@ def test_official_archives_are_left_as_they_are(restored):
 @pytest.mark.parametrize("data", [b"", b"\x1f", b"no gzip at all", b"\x1f\x8b\x08"])
 def test_what_is_no_archive_is_left_to_the_checksums(restored, data):
     packaged, _, folder = restored
-    (packaged / "train-labels-idx1-ubyte.gz").write_bytes(data)
-    (packaged / "something_else-ubyte.gz").write_bytes(archive("x", b"content", 0, 0))
+    for name in OFFICIAL:
+        (packaged / f"{name}.gz").write_bytes(data)
     restore_fashion_mnist(packaged, folder)
     assert contents(folder) == contents(packaged)
 
 
-def test_without_archives_the_package_is_named(restored):
+@pytest.mark.parametrize("there", [0, 3])
+def test_missing_archives_and_the_package_that_has_them_are_named(restored, there):
+    """Else TFDS would try for minutes to download them."""
     packaged, _, folder = restored
-    (packaged / "train-images.zip").write_bytes(b"")
+    names = [f"{name}.gz" for name in OFFICIAL]
+    for name in names[:there]:
+        (packaged / name).write_bytes(archive(name, b"content", 0, 0))
     with pytest.raises(ConfigError, match="apt-get install dataset-fashion-mnist") as error:
         restore_fashion_mnist(packaged, folder)
     (line,) = error.value.problems
     assert "config.data.manual_dir" in line and repr(str(packaged)) in line
+    assert [name in line for name in names] == [i >= there for i in range(4)]
 
 
 @debian
