@@ -18,8 +18,7 @@ own), two steps. Any setting can be changed on the command line, as in --config.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mae_jax.config import nearest
-from mae_jax.errors import ConfigError
+from mae_jax.errors import ConfigError, nearest
 from mae_jax.model.vit import SIZES
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -56,6 +55,8 @@ def paper() -> ConfigDict:
         "scale": (0.2, 1.0),
         "ratio": (3 / 4, 4 / 3),
         "flip": True,
+        "repeats": 1,
+        "cache": "",
     }
     config.pixels = IMAGENET
     config.mask = {"name": "random", "ratio": 0.75}
@@ -117,7 +118,7 @@ def cifar10() -> ConfigDict:
     config = paper()
     config.encoder.update(SIZES["Ti"], patch_size=4)
     config.decoder.update(width=128, depth=2, heads=4)
-    config.data.update(name="cifar10", held_out="test", image_size=(32, 32), batch_size=1024)
+    config.data.update(name="cifar10", held_out="test", image_size=(32, 32), batch_size=1024, cache="memory")
     config.pixels = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
     config.train.epochs = 800.0
     config.log.every = 48
@@ -141,7 +142,7 @@ def fashion_mnist() -> ConfigDict:
     config.data.update(
         name="fashion_mnist", held_out="test", image_size=(28, 28), channels=1, batch_size=256, flip=False
     )
-    config.data.augment = "none"
+    config.data.update(augment="none", cache="memory")
     config.pixels = {"mean": (0.2860,), "std": (0.3530,)}
     config.optim.update(base_learning_rate=1e-3, warmup_epochs=1.0)
     config.train.epochs = 10.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -10,9 +9,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from mae_jax.errors import ConfigError, UserError
+from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import JOBS
 
+CACHE_BYTES = 4 * 2**30  # of compiled programs; those not used for longest go first
 USAGE = "usage: mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]"
 
 
@@ -41,9 +41,7 @@ def _run(argv: list[str]) -> int:
         return 0
     name, *arguments = argv
     if name not in JOBS:
-        near = difflib.get_close_matches(name, JOBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{hint}")
+        raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{nearest(name, JOBS)}")
     job = import_module(f"mae_jax.jobs.{name}")
     if "-h" in arguments or "--help" in arguments:
         print(USAGE.replace("JOB", name), "", job.__doc__.strip(), sep="\n")
@@ -67,8 +65,27 @@ def _run(argv: list[str]) -> int:
     workdir = Path(os.path.expanduser(flags["--workdir"] or "."))
     if str(workdir).startswith("~"):
         raise ConfigError(f"--workdir={workdir}: no such user")
-    job.run(config.load(flags["--config"], overrides), workdir)
+    settings, problems = config.load(flags["--config"], overrides)
+    if problems:
+        try:
+            job.check(settings)
+        except UserError as error:
+            problems += error.problems
+        raise ConfigError(problems)
+    _keep_what_is_compiled()
+    job.run(settings, workdir)
     return 0
+
+
+def _keep_what_is_compiled() -> None:
+    """A second start of a recipe need not compile again. JAX_COMPILATION_CACHE_DIR names another folder."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{home}/mae_jax/compiled"))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """From a command line to a config, and from a config to the functions it configures.
 
 A config is an ml_collections file: `get_config(name)` returns a ConfigDict of groups. Each group is splatted into
-exactly one function, so the function's signature is the group's schema, and a typo is found by comparing the two.
+exactly one function, so the function's signature is the group's schema: a typo is found by comparing the two, and
+what a config leaves out is the signature's default.
 """
 
 from __future__ import annotations
 
 import collections.abc
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -16,7 +16,7 @@ import os
 import re
 import runpy
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -24,26 +24,23 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import RequiredValueError
 
-from mae_jax.errors import ConfigError
+from mae_jax.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 GIVEN_TO_MODULES = {"parent", "name", "dtype", "target_width"}  # attributes of linen modules that jobs fill in
 UNSET = object()  # what stands for a required placeholder
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """ "; did you mean X?" for the closest of `words`, or nothing."""
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def load(spec: str, arguments: Sequence[str] = ()) -> ConfigDict:
-    """The config that `spec` = PATH[:NAME] names, changed by `arguments` such as "--config.mask.ratio=0.5".
+def load(spec: str, overrides: Sequence[str] = ()) -> tuple[ConfigDict, list[str]]:
+    """The config that `spec` = PATH[:NAME] names, changed by `overrides` such as "--config.mask.ratio=0.5".
 
     A PATH that is not there but begins with configs/ is looked for among the recipes that come with the package.
 
+    Returns:
+      The config, and a line for each override that was left out: no such key, or a value of the wrong type.
+
     Raises:
-      ConfigError: no such file or recipe; or no such keys, or values of the wrong type: then all of them are listed.
+      ConfigError: no such file or recipe, or one that makes no config.
     """
     path, _, name = spec.partition(":")
     try:
@@ -61,10 +58,10 @@ def load(spec: str, arguments: Sequence[str] = ()) -> ConfigDict:
         f"config.{key}: a required placeholder, which overrides cannot fill; make it a value or placeholder() in {path}"
         for key, value in flatten(config).items()
         if value is UNSET
-    ] or [problem for argument in arguments if (problem := _override(config, argument, spec))]
+    ]
     if problems:
         raise ConfigError(problems)
-    return config
+    return config, [problem for override in overrides if (problem := _override(config, override, spec))]
 
 
 def _override(config: ConfigDict, argument: str, spec: str) -> str | None:
@@ -145,53 +142,70 @@ def to_json(config: ConfigDict) -> dict:
     return json.loads(config.to_json())
 
 
-def schema_problems(config: ConfigDict, schema: Mapping[str, Callable], values: Mapping[str, type]) -> list[str]:
-    """What is wrong with the keys and types of a config, one line each.
+def complete(
+    config: ConfigDict, schema: Mapping[str, Callable], values: Mapping[str, type]
+) -> tuple[ConfigDict | None, list[str]]:
+    """Hold a config against its schema.
 
     Args:
       schema: for each group, the function it is splatted into; its keyword-only parameters are the group's keys. (Of
         a linen module: its attributes.)
       values: the keys outside any group, with their types.
+
+    Returns:
+      The config with every setting in it, and what is wrong with the given one, a line each. A setting that is not
+      given, or is of the wrong type, is the signature's default; if there is no default, there is no config either.
     """
-    problems = []
-    for key in config:
-        if key not in schema and key not in values:
-            problems.append(f"config.{key}: no such group or key{nearest(key, [*schema, *values])}")
+    problems = [
+        f"config.{key}: no such group or key{nearest(key, [*schema, *values])}"
+        for key in config
+        if key not in schema and key not in values
+    ]
+    whole = {}
     for key, kind in values.items():
         if key not in config:
             problems.append(f"config.{key}: missing")
         elif not _is(config[key], kind):
             problems.append(f"config.{key}: {config[key]!r} is not of type {_name(kind)}")
-    for group, function in schema.items():
-        if not isinstance(config.get(group), ConfigDict):
-            problems.append(f"config.{group}: missing, or not a group; it holds the settings of {_label(function)}")
         else:
-            problems += _group_problems(group, config[group], function)
-    return problems
+            whole[key] = config[key]
+    for group, function in schema.items():
+        if isinstance(config.get(group), ConfigDict):
+            settings, wrong = _complete_group(group, config[group], function)
+            problems += wrong
+            whole |= {} if settings is None else {group: settings}
+        else:
+            problems.append(f"config.{group}: missing, or not a group; it holds the settings of {_label(function)}")
+    return ConfigDict(whole) if len(whole) == len(schema) + len(values) else None, problems
 
 
-def _group_problems(group: str, settings: ConfigDict, function: Callable) -> list[str]:
+def _complete_group(group: str, given: ConfigDict, function: Callable) -> tuple[dict | None, list[str]]:
     module = issubclass(function, nn.Module) if inspect.isclass(function) else False
     parameters = {
-        key: parameter
+        key: parameter.default
         for key, parameter in inspect.signature(function).parameters.items()
         if (key not in GIVEN_TO_MODULES if module else parameter.kind is parameter.KEYWORD_ONLY)
     }
     typed = function.__init__ if inspect.isclass(function) and not dataclasses.is_dataclass(function) else function
     hints = typing.get_type_hints(typed)
-    problems = []
-    for key in settings:
+    settings, problems = parameters | dict(given), []
+    for key in given:
         where = f"config.{group}.{key}"
         if key not in parameters:
             problems.append(f"{where}: {_label(function)} has no such setting{nearest(key, parameters)}")
-        elif not _is(settings[key], hints.get(key, typing.Any)):
-            problems.append(f"{where}: {settings[key]!r} is not of type {_name(hints[key])}")
-        elif not _finite(settings[key]):
-            problems.append(f"{where}: {settings[key]!r} is not finite")
-    for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in settings:
-            problems.append(f"config.{group}.{key}: missing; {_label(function)} needs it")
-    return problems
+            del settings[key]
+        elif not _is(given[key], hints.get(key, typing.Any)):
+            problems.append(f"{where}: {given[key]!r} is not of type {_name(hints[key])}")
+            settings[key] = parameters[key]
+        elif not _finite(given[key]):
+            problems.append(f"{where}: {given[key]!r} is not finite")
+            settings[key] = parameters[key]
+    problems += [
+        f"config.{group}.{key}: missing; {_label(function)} needs it"
+        for key, default in parameters.items()
+        if default is inspect.Parameter.empty and key not in given
+    ]
+    return None if inspect.Parameter.empty in settings.values() else settings, problems
 
 
 def _is(value, kind) -> bool:

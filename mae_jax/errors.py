@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """ "; did you mean X?" for the closest of `words`, or nothing."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class UserError(Exception):

@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from mae_jax import config as module
-from mae_jax.config import flatten, load, make_workdir, nearest, schema_problems, to_json
-from mae_jax.errors import ConfigError
+from mae_jax.config import complete, flatten, make_workdir, to_json
+from mae_jax.errors import ConfigError, nearest
 from mae_jax.jobs import JOBS, pretrain
 from mae_jax.model.vit import ViT
 
@@ -23,14 +23,21 @@ LEAVES = flatten(recipes.get_config("vit_b16"))
 HEAD = "from ml_collections import ConfigDict, FrozenConfigDict\nfrom ml_collections.config_dict import *\n"
 
 
-def problems(*arguments, **keywords):
+def load(*arguments):
+    config, wrong = module.load(*arguments)
+    if wrong:
+        raise ConfigError(wrong)
+    return config
+
+
+def problems(*arguments):
     with pytest.raises(ConfigError) as error:
-        load(*arguments, **keywords)
+        load(*arguments)
     return error.value.problems
 
 
-def problem(*arguments, **keywords):
-    (line,) = problems(*arguments, **keywords)
+def problem(*arguments):
+    (line,) = problems(*arguments)
     assert "\n" not in line
     return line
 
@@ -239,7 +246,7 @@ def test_a_config_comes_back_from_json(name):
     before = load(f"configs/pretrain.py:{name}")
     after = ConfigDict(json.loads(json.dumps(to_json(before))))
     assert to_json(after) == to_json(before)
-    assert schema_problems(after, pretrain.SCHEMA, pretrain.VALUES) == []
+    assert complete(after, pretrain.SCHEMA, pretrain.VALUES)[1] == []
 
 
 def test_nearest():
@@ -255,7 +262,7 @@ FITTING = {"size": 3, "rate": 0.1, "name": "x", "on": True, "steps": None}
 
 
 def schema_of(group, **others):
-    return schema_problems(ConfigDict({"group": group, "seed": 0} | others), {"group": knobs}, {"seed": int})
+    return complete(ConfigDict({"group": group, "seed": 0} | others), {"group": knobs}, {"seed": int})[1]
 
 
 @pytest.mark.parametrize("group", [FITTING, {"size": 3}, FITTING | {"rate": 1}, FITTING | {"steps": 4}])
@@ -291,17 +298,34 @@ def test_what_is_missing_or_surplus_is_named():
     assert "config.group.size: missing" in schema_of({})[0]
     assert "config.grup" in schema_of(FITTING, grup={})[0] and "did you mean group?" in schema_of(FITTING, grup={})[0]
     schema, values = {"group": knobs}, {"seed": int}
-    lines = schema_problems(ConfigDict({"group": 3, "seed": "x"}), schema, values)
-    assert len(lines) == 2 and "config.seed" in lines[0] and "config.group" in lines[1]
-    lines = schema_problems(ConfigDict(), schema, values)
-    assert len(lines) == 2 and all("missing" in line for line in lines)
+    config, lines = complete(ConfigDict({"group": 3, "seed": "x"}), schema, values)
+    assert config is None and len(lines) == 2 and "config.seed" in lines[0] and "config.group" in lines[1]
+    config, lines = complete(ConfigDict(), schema, values)
+    assert config is None and len(lines) == 2 and all("missing" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [
+        ({"size": 3}, {"size": 3, "rate": 0.5, "name": "", "on": False, "steps": None}),
+        (FITTING, FITTING),
+        ({"size": 3, "sise": 4}, {"size": 3, "rate": 0.5, "name": "", "on": False, "steps": None}),
+        ({"size": 3, "rate": "x", "on": True}, {"size": 3, "rate": 0.5, "name": "", "on": True, "steps": None}),
+        ({"size": "x"}, None),
+        ({}, None),
+    ],
+)
+def test_what_is_left_out_is_the_signatures_default(given, whole):
+    """So is what cannot be used, so that the rest can still be checked."""
+    config, _ = complete(ConfigDict({"group": given, "seed": 0}), {"group": knobs}, {"seed": int})
+    assert config is None if whole is None else config.to_dict() == {"group": whole, "seed": 0}
 
 
 @pytest.mark.parametrize("key", sorted(module.GIVEN_TO_MODULES))
 def test_what_a_job_gives_a_module_is_no_setting(key):
     settings = {"patch_size": 4, "width": 8, "depth": 1, "heads": 2}
-    assert schema_problems(ConfigDict({"encoder": settings}), {"encoder": ViT}, {}) == []
-    (line,) = schema_problems(ConfigDict({"encoder": settings | {key: "x"}}), {"encoder": ViT}, {})
+    assert complete(ConfigDict({"encoder": settings}), {"encoder": ViT}, {})[1] == []
+    _, (line,) = complete(ConfigDict({"encoder": settings | {key: "x"}}), {"encoder": ViT}, {})
     assert f"config.encoder.{key}" in line
 
 
@@ -313,13 +337,13 @@ def test_sequences_are_checked_item_by_item(sizes, fits):
     def function(*, sizes: module.Sequence[int]):
         pass
 
-    assert (schema_problems(ConfigDict({"group": {"sizes": sizes}}), {"group": function}, {}) == []) == fits
+    assert (complete(ConfigDict({"group": {"sizes": sizes}}), {"group": function}, {})[1] == []) == fits
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_is_without_problems_at_its_tiny_size(name):
-    data = pretrain.open_data(load(f"configs/pretrain.py:{name},tiny"))
-    assert data.open().size >= data.batch_size
+    _, data, _ = pretrain.check(load(f"configs/pretrain.py:{name},tiny"))
+    assert data.examples.size >= data.batch_size
 
 
 def test_a_workdir_is_made_with_its_parents(tmp_path):

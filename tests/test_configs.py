@@ -10,9 +10,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from mae_jax.__main__ import main
-from mae_jax.config import schema_problems
+from mae_jax.config import complete
 from mae_jax.errors import ConfigError
-from mae_jax.jobs import check, models, pretrain
+from mae_jax.jobs import checks, models, pretrain
 from mae_jax.training import optim
 from mae_jax.training.loop import total_steps
 
@@ -63,9 +63,8 @@ def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_co
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_is_complete_and_builds_at_its_full_size(name):
-    config = recipes.get_config(name)
-    assert schema_problems(config, pretrain.SCHEMA, pretrain.VALUES) == []
-    assert check.model_problems(config) + check.run_problems(config) == []
+    config, problems = complete(recipes.get_config(name), pretrain.SCHEMA, pretrain.VALUES)
+    assert problems + checks.model_problems(config) + checks.run_problems(config) == []
     model, target = models.build(config)
     params = jax.eval_shape(lambda: models.init(model, config, jax.random.key(0)))
     width = params["decoder"]["head"]["kernel"].shape[-1]

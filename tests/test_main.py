@@ -121,7 +121,7 @@ MISTAKES = {
         ["'val'", "{tmp}/some", "'all'"],
     ),
     "no files": (f"{DIGITS} --config.data.source=files --config.data.path={{tmp}}/*.png", ["{tmp}/*.png"]),
-    "unknown data set": (f"{DIGITS} {TFDS} --config.data.name=fashion_mnst", ["did you mean 'fashion_mnist'?"]),
+    "unknown data set": (f"{DIGITS} {TFDS} --config.data.name=fashion_mnst", ["did you mean fashion_mnist?"]),
     "no data set": (f"{DIGITS} {TFDS}", ["config.data.name", "''"]),
     "unknown version": (f"{DIGITS} {TFDS} --config.data.name=mnist:99.0.0", ["config.data.name", "mnist:99.0.0"]),
     "data set not prepared": (
@@ -298,7 +298,7 @@ def test_a_mistake_in_reconstruct_is_one_line(arguments, words, command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     {
-        "--config.data.name=fashion_mnst": ["did you mean 'fashion_mnist'?"],
+        "--config.data.name=fashion_mnst": ["did you mean fashion_mnist?"],
         "--config.data.name=": ["config.data.name", "''"],
         "--config.data.manual_dir={tmp}/gone": ["config.data.manual_dir", "{tmp}/gone"],
         "--config.data.manual_dir={tmp}/empty": ["config.data.manual_dir", "{tmp}/empty", "apt-get install"],
@@ -336,11 +336,24 @@ def test_all_mistakes_in_keys_and_types_are_listed_together(command, tmp_path):
     change = "config.mask.ratoi = 1; config.mask.ratio = None; del config.data.source; config.extra = 1"
     path.write_text(USER.format(recipes=str(ROOT / "configs" / "pretrain.py"), change=change))
     lines = command("pretrain", [f"--config={path}"])
-    assert len(lines) == 4
+    assert len(lines) == 4, "without a source there is nothing more to look at"
     for key in ("mask.ratoi", "mask.ratio:", "data.source", "extra"):
         assert sum(f"config.{key}" in line for line in lines) == 1
-    typed = ["--config.mask.ratoi=1", "--config.seed=x", "--config.data=1"]
-    assert len(command("pretrain", [f"--config={DIGITS}", *typed])) == 3
+
+
+def test_mistakes_of_every_kind_are_listed_together(command, tmp_path):
+    path = tmp_path / "own.py"
+    change = "config.mask.ratoi = 1; config.optim.b1 = 'x'; config.data.flip = 1; config.encoder.heads = 3"
+    path.write_text(USER.format(recipes=str(ROOT / "configs" / "pretrain.py"), change=change))
+    wrong = ["--config.sed=1", "--config.seed=x", "--config.data=1", "--config.mask.ratio=2", "--config.mesh.data=9"]
+    lines = command("pretrain", [f"--config={path}", *wrong])
+    keys = ["sed", "seed", "data=", "mask.ratoi", "optim.b1", "data.flip", "encoder.heads", "mask.ratio:", "mesh.data"]
+    assert len(lines) == len(keys)
+    for key in keys:
+        assert sum(f"config.{key}" in line for line in lines) == 1, key
+    wrong = ["--config.cuont=1", "--config.count=0", "--config.mask.name=x", "--config.init=/no/such/run"]
+    lines = command("reconstruct", ["--config=configs/reconstruct.py", *wrong])
+    assert len(lines) == 3 and "/no/such/run" in lines[-1], "which patches there are is not known without the model"
 
 
 @pytest.fixture
@@ -390,7 +403,7 @@ NASTY += [
 
 def bad_commands(count):
     choose = random.Random(0)
-    keys = sorted(flatten(load(DIGITS)))
+    keys = sorted(flatten(load(DIGITS)[0]))
     for _ in range(count):
         changed = choose.sample(keys, choose.choice([1, 1, 2, 4]))
         yield [f"--config.{key}={choose.choice(NASTY)}" for key in changed]
@@ -435,7 +448,7 @@ def test_no_words_end_in_a_traceback(past_the_checks, capsys, tmp_path, monkeypa
 
 
 def test_every_key_with_a_default_may_be_left_out(tmp_path, past_the_checks):
-    """What `schema_problems` lets pass, the job must not stumble over."""
+    """What `complete` lets pass, the job must not stumble over."""
     path = tmp_path / "own.py"
     change = """
     required = {"source", "batch_size", "image_size", "patch_size", "width", "depth", "heads", "every", "steps"}
@@ -451,12 +464,13 @@ def test_every_key_with_a_default_may_be_left_out(tmp_path, past_the_checks):
 
 
 def test_a_model_can_be_built_without_the_optional_keys(tmp_path):
-    config = load(DIGITS)
+    config, _ = load(DIGITS)
     config.unlock()
     config.data.update(source="synthetic", image_size=(8, 8))
     config.pixels = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     del config.data.channels, config.mask.name, config.mask.ratio, config.encoder.mlp_ratio, config.decoder.mlp_ratio
-    assert pretrain.open_data(config).channels == 3
+    config, _, _ = pretrain.check(config)
+    assert config.data.channels == 3
     model, _ = models.build(config)
     assert model.decoder.target_width == 2 * 2 * 3
     jax.eval_shape(lambda: models.init(model, config, jax.random.key(0)))

@@ -7,8 +7,9 @@ of any step can be made again, at once, and on any number of hosts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from jax.sharding import Sharding
 
 from mae_jax.data.augment import augment as augment_image
 from mae_jax.data.augment import decode
+from mae_jax.data.cache import decoded
 from mae_jax.data.sources import SOURCES, Source
 from mae_jax.errors import DataError
 
@@ -47,6 +49,9 @@ class Dataset:
       augment: a row of `augment.AUGMENTATIONS`.
       scale, ratio: of random resized crops.
       flip: whether to flip every other image left to right.
+      repeats: so many samples of a batch are crops of one image, which is read once. Where reading is what limits
+        the speed, two to four cost little accuracy (Hoffer et al. 2020, arXiv 1901.09335).
+      cache: keep decoded images: "memory", or a folder to keep them in. For data sets that fit; empty: decode again.
     """
 
     source: str
@@ -62,121 +67,156 @@ class Dataset:
     scale: Sequence[float] = (0.2, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     flip: bool = False
+    repeats: int = 1
+    cache: str = ""
 
-    def open(self) -> Source:
-        """The source itself.
+    @functools.cached_property
+    def examples(self) -> Source:
+        """The source itself, opened once.
 
         Raises:
           ConfigError: it is missing, empty or not prepared.
         """
-        return SOURCES[self.source](**dataclasses.asdict(self))
+        source = SOURCES[self.source](**dataclasses.asdict(self))
+        return decoded(source, self.channels, self.cache) if self.cache and source.encoded else source
+
+    def but(self, **changes) -> Dataset:
+        """The same data set with other settings."""
+        other = dataclasses.replace(self, **changes)
+        if changes.keys() <= {"augment", "flip", "repeats", "batch_size"}:
+            other.__dict__["examples"] = self.examples  # the same images: no need to open, or decode, them again
+        return other
 
     def held_out_set(self) -> Dataset:
         """The images to evaluate on: never augmented."""
-        return dataclasses.replace(self, split=self.held_out, augment="none", flip=False)
+        return self.but(split=self.held_out, augment="none", flip=False, repeats=1)
 
     def shuffled(self, seed: int, start: int, sharding: Sharding) -> Iterator[dict]:
         """Batches `start`, `start` + 1, ... of an endless run over the data, each epoch in an order of its own."""
-        size = self.open().size
+        size = self.examples.size
 
-        def index_of(position):
-            epoch = tf.cast(position // size, tf.uint32)
-            seeds = tf.stack([tf.fill(tf.shape(epoch), tf.constant(seed, tf.uint32)), epoch, tf.zeros_like(epoch)], 1)
-            return tf.raw_ops.RandomIndexShuffle(
-                index=position % size,
-                seed=seeds,
-                max_index=tf.fill(tf.shape(position), tf.constant(size - 1, tf.int64)),
-                rounds=24,  # with TensorFlow's default of 4, epochs of 60000 are correlated by 0.9
-            )
+        @functools.lru_cache(maxsize=2)
+        def order(epoch):
+            # of all of NumPy's generators, the one that is promised never to change
+            return np.random.RandomState([seed, epoch]).permutation(size)
+
+        def index_of(place):
+            epoch = place // size
+            return np.concatenate([order(e)[place[epoch == e] % size] for e in np.unique(epoch)])
 
         return self._batches(range(start, FOREVER), index_of, FOREVER, seed, sharding)
 
     def once(self, sharding: Sharding, limit: int | None = None) -> Iterator[dict]:
         """The data in order, once, or only its first `limit` examples; the last batch is padded with weight 0."""
-        size = min(self.open().size, limit or FOREVER)
-        return self._batches(range(-(-size // self.batch_size)), lambda p: tf.minimum(p, size - 1), size, 0, sharding)
+        size = min(self.examples.size, limit or FOREVER)
+        steps = range(-(-size // self.batch_size))
+        return self.but(repeats=1)._batches(steps, lambda place: np.minimum(place, size - 1), size, 0, sharding)
 
-    def _batches(self, steps: range, index_of, end: int, seed: int, sharding: Sharding) -> Iterator[dict]:
+    def _batches(self, steps: range, index_of: Callable, end: int, seed: int, sharding: Sharding) -> Iterator[dict]:
+        def read(step) -> dict:
+            place = self._places(step)
+            index = index_of(place)
+            image, label = self.examples.read(index)
+            weight = (place < end).astype(np.float32)
+            return {"place": place, "index": index, "image": image, "label": label.astype(np.int32), "weight": weight}
+
+        # where there is nothing to decode, crop or flip, batches are rows of one array
+        ready = self.examples.shape == (*self.image_size, self.channels) and self.augment == "none" and not self.flip
+        named = set()
+        for batch in map(read, steps) if ready else self._prepared(read, steps, seed):
+            image = batch["image"]
+            if not ready:
+                unreadable = batch["index"][~batch["readable"] & (batch["place"] < end)].tolist()
+                for i in set(unreadable) - named:
+                    logging.warning("cannot read %s; it counts for nothing", self.examples.name(i))
+                named.update(unreadable)
+                image = image.reshape(-1, *image.shape[2:])
+            elif self.repeats > 1:
+                image = image.repeat(self.repeats, axis=0)
+            parts = {"image": image} | {key: batch[key].repeat(self.repeats) for key in ("label", "weight")}
+            yield {key: jax.make_array_from_process_local_data(sharding, x) for key, x in parts.items()}
+
+    def _places(self, step: int) -> np.ndarray:
+        """Which images this host reads for a batch, numbered i64[n] over the whole run; repeats do not count."""
+        images = self.batch_size // self.repeats
+        share = images // jax.process_count()
+        return step * images + jax.process_index() * share + np.arange(share)
+
+    def _prepared(self, read: Callable[[int], dict], steps: range, seed: int) -> Iterator[dict]:
+        """What `read` gives for each step, with images decoded and augmented: uint8[n,repeats,H,W,C].
+
+        An image that cannot be is black, and weighs nothing; `readable` bool[n] tells which.
+        """
         tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
-        source = self.open()
-        share = self.batch_size // jax.process_count()
-        offset = jax.process_index() * share
+        encoded = self.examples.encoded
+        types = {"place": tf.int64, "index": tf.int64, "label": tf.int32, "weight": tf.float32}
+        types |= {"image": tf.string} if encoded else {"image": tf.string, "shape": tf.int32}
 
-        def read(step):
-            position = step * self.batch_size + offset + tf.range(share, dtype=tf.int64)
-            index = index_of(position)
-            image, label = tf.numpy_function(
-                lambda i: _read(source, i),
-                [index],
-                (tf.string if source.encoded else tf.uint8, tf.int64),
-                stateful=False,
-            )
-            image = tf.ensure_shape(image, (share,) if source.encoded else (share, None, None, self.channels))
-            label = tf.cast(tf.ensure_shape(label, (share,)), tf.int32)
-            weight = tf.cast(position < end, tf.float32)
-            readable = tf.ones_like(weight, tf.bool)
-            chunk = {"image": image, "label": label, "weight": weight}
-            return chunk | {"position": position, "index": index, "readable": readable}
+        def read_all(step):
+            """Decoded images travel as their bytes and shapes, as they may differ in size."""
+            parts = read(step)
+            if not encoded:
+                parts["shape"] = np.array([image.shape[:2] for image in parts["image"]], np.int32)
+                parts["image"] = [image.tobytes() for image in parts["image"]]
+            parts["image"] = np.array(parts["image"], object)
+            return [parts[key] for key in types]
 
-        def prepare(image, position):
-            image = decode(image, self.channels) if source.encoded else image
-            return augment_image(
-                image,
-                tf.stack([tf.constant(seed, tf.int64), position]),
-                size=tuple(self.image_size),
-                name=self.augment,
-                scale=self.scale,
-                ratio=self.ratio,
-                flip=self.flip,
-            )
+        def read_step(step):
+            parts = tf.numpy_function(read_all, [step], list(types.values()), stateful=False)
+            parts = dict(zip(types, parts, strict=True))
+            parts = {key: tf.ensure_shape(x, (None, 2) if key == "shape" else (None,)) for key, x in parts.items()}
+            return parts | {"readable": tf.ones_like(parts["weight"], tf.bool)}
+
+        def prepare(example):
+            if encoded:
+                image = decode(example["image"], self.channels)
+            else:
+                image = tf.reshape(tf.io.decode_raw(example["image"], tf.uint8), (*tf.unstack(example["shape"]), -1))
+                image = tf.ensure_shape(image, (None, None, self.channels))
+            settings = {"size": tuple(self.image_size), "name": self.augment, "flip": self.flip}
+            settings |= {"scale": self.scale, "ratio": self.ratio}
+            positions = [example["place"] * self.repeats + i for i in range(self.repeats)]
+            return tf.stack([augment_image(image, tf.stack([seed, position]), **settings) for position in positions])
 
         def prepare_chunk(chunk):
-            image = tf.map_fn(lambda x: prepare(*x), (chunk["image"], chunk["position"]), fn_output_signature=tf.uint8)
-            return {**chunk, "image": image}
+            return {**chunk, "image": tf.map_fn(prepare, chunk, fn_output_signature=tf.uint8)}
 
         def mend(chunk):
-            """A black picture, which weighs nothing, in place of each file that cannot be decoded."""
-            readable = tf.ensure_shape(
-                tf.numpy_function(_decodable, [chunk["image"]], tf.bool, stateful=False), (None,)
-            )
-            image = tf.where(readable, chunk["image"], tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8)))
+            """A black picture in place of each that cannot be decoded."""
+            if encoded:
+                readable = tf.numpy_function(_decodable, [chunk["image"]], tf.bool, stateful=False)
+                black = {"image": tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))}
+            else:
+                readable = tf.reduce_all(chunk["shape"] > 0, axis=1)
+                black = {"image": tf.constant(bytes(self.channels)), "shape": tf.ones((1, 2), tf.int32)}
+            readable = tf.ensure_shape(readable, (None,))
             weight = chunk["weight"] * tf.cast(readable, tf.float32)
-            return {**chunk, "image": image, "weight": weight, "readable": readable}
+            mended = {"readable": readable, "weight": weight}
+            for key, x in black.items():
+                mended[key] = tf.where(readable if key == "image" else readable[:, None], chunk[key], x)
+            return {**chunk, **mended}
 
         def attempt(chunk):
             """A data set of one element: the chunk prepared or, only where that fails, the mended chunk prepared."""
             alone = tf.data.Dataset.from_tensors(chunk)
-            if not source.encoded:
-                return alone.map(prepare_chunk)
             return alone.concatenate(alone.map(mend)).map(prepare_chunk).ignore_errors().take(1)
 
         batches = (
             tf.data.Dataset.range(steps.start, steps.stop)
-            .map(read, num_parallel_calls=2)
+            .map(read_step, num_parallel_calls=2)
             .unbatch()
             .batch(CHUNK)
             .interleave(attempt, cycle_length=16, block_length=1, num_parallel_calls=tf.data.AUTOTUNE)
             .unbatch()
-            .batch(share, drop_remainder=True)
+            .batch(len(self._places(0)), drop_remainder=True)
             .prefetch(2)
         )
         options = tf.data.Options()
         options.deterministic = True
-        named = set()
         for step, batch in zip(steps, batches.with_options(options).as_numpy_iterator(), strict=True):
-            position = batch.pop("position")
-            if not np.array_equal(position, step * self.batch_size + offset + np.arange(share)):
+            if not np.array_equal(batch["place"], self._places(step)):
                 raise DataError(f"images before step {step} were lost; is there enough memory?")
-            unreadable = batch.pop("index")[~batch.pop("readable") & (position < end)].tolist()
-            for i in set(unreadable) - named:
-                logging.warning("cannot read %s; it counts for nothing", source.name(i))
-            named.update(unreadable)
-            yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def _read(source: Source, index: np.ndarray):
-    images, labels = source.read(index)
-    return np.array(images, object) if source.encoded else images, labels
+            yield batch
 
 
 def _decodable(images: np.ndarray) -> np.ndarray:

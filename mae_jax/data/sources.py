@@ -13,7 +13,7 @@ import absl.logging
 import numpy as np
 from etils import epy
 
-from mae_jax.errors import ConfigError
+from mae_jax.errors import ConfigError, nearest
 
 with epy.lazy_imports():
     import tensorflow_datasets as tfds  # imports TensorFlow, which takes seconds
@@ -27,11 +27,12 @@ class Source:
 
     Attributes:
       size: number of examples.
-      read: indexes i64[n] -> (images, labels i64[n]). Images are uint8[n,h,w,C], or n encoded files as bytes. What
-        cannot be read comes as b"".
-      encoded: whether images are encoded files.
+      read: indexes i64[n] -> (images, labels i64[n]). Images are n files as bytes, b"" where one cannot be read; or
+        they are decoded already, n arrays uint8[h,w,C], with h = 0 for what could not be.
+      encoded: whether images are files.
       name: index -> what to call that example in a log.
-      channels: C where the source fixes it, else None.
+      shape: (h, w, C) where the source fixes them, with None for what differs from image to image; else None. Where
+        all three are fixed, the images that are read are one array uint8[n,h,w,C].
       labels: the names of the classes; empty where there are none, and labels are then -1.
     """
 
@@ -39,7 +40,7 @@ class Source:
     read: Callable[[np.ndarray], tuple[Sequence, np.ndarray]]
     encoded: bool
     name: Callable[[int], str]
-    channels: int | None = None
+    shape: tuple[int | None, int | None, int] | None = None
     labels: tuple[str, ...] = ()
 
 
@@ -69,7 +70,7 @@ def in_memory(images: np.ndarray, labels: np.ndarray, split: str, names: Sequenc
         read=lambda index: (images[index], labels[index]),
         encoded=False,
         name=lambda index: f"{split} image {index}",
-        channels=images.shape[-1],
+        shape=images.shape[1:],
         labels=tuple(names),
     )
 
@@ -202,7 +203,8 @@ def tfds_builder(name: str, data_dir: str):
     try:
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise ConfigError(f"config.data.name: TFDS has no data set {name!r}{_nearest(name)}") from error
+        known = tfds.list_builders(with_community_datasets=False)
+        raise ConfigError(f"config.data.name: TFDS has no data set {name!r}{nearest(name, known)}") from error
     except Exception as error:  # no such version or configuration, no name at all, another file format
         reason = " ".join(str(error).split())
         if "File format is already set" in reason:
@@ -218,13 +220,6 @@ def is_prepared(builder) -> bool:
         return builder.is_prepared()
     finally:
         absl.logging.set_verbosity(verbosity)
-
-
-def _nearest(name: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # A source is opened by `f(*, split, **settings) -> Source`; it takes what it needs of the settings of `data`.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mae_jax.config import schema_problems
+from mae_jax.config import complete
 from mae_jax.data.prepare import prepare
 from mae_jax.errors import ConfigError
 
@@ -21,7 +21,16 @@ WRITES_WORKDIR = False
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Prepare the data set that `config` names."""
-    problems = schema_problems(config, {"data": prepare}, {})
+    print(f"prepared in {prepare(**check(config).data)}")
+
+
+def check(config: ConfigDict) -> ConfigDict:
+    """The config with its defaults.
+
+    Raises:
+      ConfigError: with all that is wrong.
+    """
+    config, problems = complete(config, {"data": prepare}, {})
     if problems:
         raise ConfigError(problems)
-    print(f"prepared in {prepare(**config.data)}")
+    return config

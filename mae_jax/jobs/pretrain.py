@@ -15,7 +15,7 @@ The same command again goes on from the newest checkpoint, to the same result as
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -28,10 +28,10 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import flatten, make_workdir, schema_problems, to_json, write_json
+from mae_jax.config import complete, flatten, make_workdir, to_json, write_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError, DataError
-from mae_jax.jobs import check, models, reconstruct
+from mae_jax.jobs import checks, models, panels
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.patches import grid_of, normalize
@@ -49,8 +49,8 @@ WRITES_WORKDIR = True
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
     began = time.time()
-    data = open_data(config)
-    steps_per_epoch = data.open().size // data.batch_size
+    config, data, held_out = check(config)
+    steps_per_epoch = data.examples.size // data.batch_size
     steps = total_steps(steps_per_epoch, **config.train)
     make_workdir(workdir)
     compare_with_earlier_run(config, workdir)
@@ -83,8 +83,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     batches = data.shuffled(config.seed, start, batch_sharding(mesh))
     writer = metrics.Writer(workdir, start)
     hooks = [
-        evaluation(model, target, config, data, mesh, eval_key, writer, **config.eval),
-        pictures(model, target, config, data, eval_key, writer, **config.pictures),
+        evaluation(model, target, config, data, held_out, mesh, eval_key, writer, **config.eval),
+        pictures(model, target, config, held_out, eval_key, writer, **config.pictures),
         (checkpoints.every, checkpoints.save),
     ]
     progress = metrics.Progress(writer, steps, data.batch_size)
@@ -121,6 +121,7 @@ def evaluation(
     target: Target,
     config: ConfigDict,
     data: Dataset,
+    held_out: Dataset,
     mesh: Mesh,
     key: jax.Array,
     writer: metrics.Writer,
@@ -150,13 +151,16 @@ def evaluation(
         guess = mean[mask.hidden]  # [N,L-K,T]
         return {"loss": losses.mse(pred, want), "baseline_loss": losses.mse(guess, want)}
 
-    plain = dataclasses.replace(data, augment="none", flip=False)
-    mean, count = weighted_means(encode, None, plain.once(sharding, images), key)
-    if not count:
-        raise DataError(f"config.data: none of the images of the split {data.split!r} can be read")
+    @functools.cache
+    def mean_patches():
+        plain = data.but(augment="none", flip=False)
+        mean, count = weighted_means(encode, None, plain.once(sharding, images), key)
+        if not count:
+            raise DataError(f"config.data: none of the images of the split {data.split!r} can be read")
+        return mean
 
     def hook(state, step):
-        means, count = weighted_means(measure, (state.params, mean), data.held_out_set().once(sharding, images), key)
+        means, count = weighted_means(measure, (state.params, mean_patches()), held_out.once(sharding, images), key)
         if count:
             writer.scalars(step, {f"eval/{name}": float(value) for name, value in means.items()})
             report = "  ".join(f"eval/{name} {value:.4f}" for name, value in means.items())
@@ -169,7 +173,7 @@ def pictures(
     model: MAE,
     target: Target,
     config: ConfigDict,
-    data: Dataset,
+    held_out: Dataset,
     key: jax.Array,
     writer: metrics.Writer,
     *,
@@ -177,13 +181,13 @@ def pictures(
     count: int = 8,
 ) -> Hook:
     """A hook that draws the same `count` held-out images under the same masks, every `every` steps."""
-    images, _ = reconstruct.first_images(data.held_out_set(), count)
-    mask = reconstruct.sample_mask(config, key, len(images))
-    draw = reconstruct.make_panels(model, target, config)
+    images, _ = panels.first_images(held_out, count)
+    mask = panels.sample_mask(config, key, len(images))
+    draw = panels.make_panels(model, target, config)
 
     def hook(state, step):
-        panels, _ = draw(state.params, images, mask)
-        writer.picture(step, "reconstructions", reconstruct.sheet(np.asarray(panels)))
+        drawn, _ = draw(state.params, images, mask)
+        writer.picture(step, "reconstructions", panels.sheet(np.asarray(drawn)))
 
     return every, hook
 
@@ -213,43 +217,43 @@ WITHOUT_WHICH_NO_DATA = (
 )
 
 
-def open_data(config: ConfigDict) -> Dataset:
-    """The training data that `config` describes, once nothing is wrong with it.
+def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
+    """The config with its defaults, and the training and the held-out data that it describes.
 
     Raises:
-      ConfigError: with all problems found, before anything is compiled.
+      ConfigError: with all that is wrong, before anything is compiled.
     """
-    problems = schema_problems(config, SCHEMA, VALUES)
-    if problems:
+    config, problems = complete(config, SCHEMA, VALUES)
+    if config is None:
         raise ConfigError(problems)
-    problems = check.model_problems(config) + check.run_problems(config)
+    problems += checks.model_problems(config) + checks.run_problems(config)
     if any(problem.startswith(WITHOUT_WHICH_NO_DATA) for problem in problems):
         raise ConfigError(problems)
     data = Dataset(**config.data)
-    for name, part in {"training": data, "held-out": data.held_out_set()}.items():
+    held_out = data.held_out_set()
+    for name, part in {"training": data, "held-out": held_out}.items():
         try:
-            source = part.open()
+            source = part.examples
         except ConfigError as error:
             problems += error.problems
             continue
-        if source.channels not in (None, data.channels):
+        if source.shape and source.shape[-1] != data.channels:
             problems.append(
-                f"config.data.channels: {data.source} has images of {source.channels} channel(s), not {data.channels}"
+                f"config.data.channels: {data.source} has images of {source.shape[-1]} channel(s), not {data.channels}"
             )
-        size = source.size
         least = data.batch_size if name == "training" else 1
-        if size < least:
+        if source.size < least:
             problems.append(
-                f"config.data: the {name} split {part.split!r} has {size} images, fewer than "
+                f"config.data: the {name} split {part.split!r} has {source.size} images, fewer than "
                 + (f"config.data.batch_size {least}" if name == "training" else "one")
             )
         elif name == "training" and not any(problem.startswith("config.train") for problem in problems):
-            steps = total_steps(size // least, **config.train)
+            steps = total_steps(source.size // least, **config.train)
             if not 1 <= steps < 2**31:
                 problems.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return data
+    return config, data, held_out
 
 
 def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:

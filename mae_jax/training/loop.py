@@ -92,8 +92,8 @@ def fit(
     """Train from `state.step` to `steps`.
 
     The order is a contract: hooks see the state of step i, evaluation before saving; *then* batch i is taken. So a
-    checkpoint of step i has all metrics up to i before it, and the batch it goes on with is number i. A resumed run
-    does not call the hooks of its first step again.
+    checkpoint of step i has all metrics up to i before it, and the batch it goes on with is number i. The state that
+    a run begins with is not news: a new run has learnt nothing, a resumed one has been looked at.
 
     Args:
       batches: batch number `state.step`, and those after it.
@@ -107,7 +107,7 @@ def fit(
     with _Signals() as signals:
         for step in range(first, steps + 1):
             due = [hook for period, hook in hooks if step == steps or (period and step % period == 0)]
-            if due and (step > first or first == 0):
+            if due and step > first:
                 jax.block_until_ready(state)
                 with progress.paused():
                     for hook in due:

@@ -1,6 +1,7 @@
 """Batches by number: any step again, each epoch once through, the same on any devices and hosts, whatever is broken."""
 
 import collections
+import dataclasses
 import io
 import itertools
 import logging
@@ -48,7 +49,7 @@ def make_folder(root, count, bad=()):
     data = folder(root)
     damages = itertools.cycle(BAD.values())
     for place in bad:
-        path = Path(data.open().name(place))
+        path = Path(data.examples.name(place))
         path.write_bytes(next(damages)(path.read_bytes()))
     return data
 
@@ -60,7 +61,7 @@ def folder(root, **options):
 
 def numbers(data):
     """Of the images of a folder, in order."""
-    source = data.open()
+    source = data.examples
     return [int(Path(source.name(i)).stem) for i in range(source.size)]
 
 
@@ -139,7 +140,7 @@ def test_a_step_far_away_is_there_at_once(sets):
 @pytest.mark.parametrize("batch_size", [8, 16, 40])
 def test_every_epoch_has_every_image_once_in_an_order_of_its_own(batch_size):
     data = Dataset(**SYNTHETIC, batch_size=batch_size)
-    images = data.open().read(np.arange(40))[0]
+    images = data.examples.read(np.arange(40))[0]
     place = {image.tobytes(): i for i, image in enumerate(images)}
     epochs = 4
     seen = joined(take(data.shuffled(0, 0, sharding()), epochs * 40 // batch_size))
@@ -147,7 +148,7 @@ def test_every_epoch_has_every_image_once_in_an_order_of_its_own(batch_size):
     assert (np.sort(orders, axis=1) == np.arange(40)).all()
     assert len({tuple(order) for order in orders}) == epochs
     assert tuple(range(40)) not in {tuple(order) for order in orders}
-    labels = data.open().read(orders.ravel())[1]
+    labels = data.examples.read(orders.ravel())[1]
     assert seen["label"].tolist() == labels.tolist() and seen["weight"].all()
 
 
@@ -157,7 +158,7 @@ def test_epochs_are_mixed_well(size, monkeypatch):
 
     def numbered(**_):
         read = lambda index: (np.zeros((len(index), 1, 1, 1), np.uint8), index)  # noqa: E731
-        return Source(size, read, False, str, 1)
+        return Source(size, read, False, str, (1, 1, 1))
 
     monkeypatch.setitem(SOURCES, "numbered", numbered)
     data = Dataset(source="numbered", batch_size=size // 5, image_size=(1, 1), channels=1)
@@ -186,6 +187,32 @@ def test_augmentation_is_drawn_anew_every_epoch(tmp_path):
     assert len({image.tobytes() for image in images}) == 8
 
 
+@pytest.mark.parametrize("name", ["digits", "synthetic", "folder"])
+@pytest.mark.parametrize("repeats", [2, 4])
+def test_repeats_are_samples_of_one_image_that_is_read_once(name, repeats, sets):
+    data = dataclasses.replace(sets[name], repeats=repeats, batch_size=8)
+    read, indexes = data.examples.read, []
+    object.__setattr__(data.examples, "read", lambda index: (indexes.append(index), read(index))[1])
+    batches = take(data.shuffled(3, 0, sharding()), 4)
+    assert {len(index) for index in indexes} == {8 // repeats}
+    once = take(dataclasses.replace(data, repeats=1, batch_size=8 // repeats).shuffled(3, 0, sharding(1)), 4)
+    for batch, plain in zip(batches, once, strict=True):
+        assert batch["image"].shape == (8, *data.image_size, data.channels)
+        for key in ("label", "weight"):
+            assert np.array_equal(batch[key], plain[key].repeat(repeats))
+        groups = batch["image"].reshape(8 // repeats, repeats, -1)
+        if data.augment == "none":
+            assert np.array_equal(groups, plain["image"].reshape(8 // repeats, 1, -1).repeat(repeats, axis=1))
+    if data.augment != "none":
+        assert all(len({image.tobytes() for image in group}) > 1 for group in groups[plain["weight"] > 0])
+
+
+def test_repeats_are_for_training_alone(sets):
+    data = dataclasses.replace(sets["synthetic"], repeats=4)
+    assert joined(data.once(sharding()))["weight"].sum() == 40
+    assert data.held_out_set().repeats == 1
+
+
 @pytest.mark.parametrize(("size", "limit"), [(40, None), (13, None), (1, None), (40, 11), (40, 8), (13, 500)])
 def test_once_is_every_example_once_in_order(size, limit):
     data = Dataset(**SYNTHETIC | {"split": f"train[:{size}]"}, batch_size=8)
@@ -193,7 +220,7 @@ def test_once_is_every_example_once_in_order(size, limit):
     count = min(size, limit or size)
     assert len(batches) == -(-count // 8)
     whole = joined(batches)
-    images, labels = data.open().read(np.arange(count))
+    images, labels = data.examples.read(np.arange(count))
     assert whole["weight"].tolist() == [1] * count + [0] * (-count % 8)
     assert np.array_equal(whole["image"][:count], images)
     assert whole["label"][:count].tolist() == labels.tolist()
@@ -203,7 +230,7 @@ def test_held_out_images_are_not_augmented():
     data = Dataset(**SYNTHETIC | {"split": "train"}, held_out="validation[:16]", batch_size=16, **AUGMENTED)
     (batch,) = take(data.held_out_set().once(sharding()), 5)
     plain = Dataset(**SYNTHETIC | {"split": "validation[:16]"}, batch_size=16)
-    assert np.array_equal(batch["image"], plain.open().read(np.arange(16))[0])
+    assert np.array_equal(batch["image"], plain.examples.read(np.arange(16))[0])
 
 
 @pytest.mark.parametrize(("name", "devices"), [("digits", 1), ("folder", 1), ("synthetic", 2)])
@@ -253,13 +280,13 @@ def test_what_cannot_be_read_weighs_nothing_and_all_else_stays_in_its_place(bad,
             assert not image.any()
         else:
             assert abs(image.mean() - (3 * want[i] + 20)) < 1
-    assert complaints(caplog) == {data.open().name(i): 1 for i in bad}
+    assert complaints(caplog) == {data.examples.name(i): 1 for i in bad}
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_each_kind_of_damage_is_noticed(kind, tmp_path, caplog):
     data = make_folder(tmp_path / "tree", 8)
-    path = Path(data.open().name(3))
+    path = Path(data.examples.name(3))
     path.write_bytes(BAD[kind](path.read_bytes()))
     whole = joined(take(data.once(sharding()), 2))
     assert whole["weight"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
@@ -276,7 +303,7 @@ def test_a_bad_file_changes_nothing_else_in_training(tmp_path, caplog):
     kept = b["weight"] == 1
     assert np.array_equal(a["image"][kept], b["image"][kept]) and not b["image"][~kept].any()
     assert np.array_equal(a["label"], b["label"])
-    assert complaints(caplog) == {bad.open().name(i): 1 for i in (4, 9)}
+    assert complaints(caplog) == {bad.examples.name(i): 1 for i in (4, 9)}
 
 
 def test_a_set_in_which_nothing_can_be_read_goes_on(tmp_path, caplog):
@@ -291,7 +318,7 @@ def test_a_file_deleted_while_training_weighs_nothing(tmp_path, caplog):
     data = make_folder(tmp_path / "tree", 8)
     batches = data.shuffled(0, 0, sharding())
     assert next(batches)["weight"].all()
-    gone = data.open().name(2)
+    gone = data.examples.name(2)
     Path(gone).unlink()
     later = take(batches, 250)  # what was read ahead is still whole
     assert (later[-1]["weight"] == 0).sum() == 1
@@ -309,7 +336,7 @@ def test_images_that_get_lost_are_an_error(tmp_path, monkeypatch):
 def test_big_images_among_small_ones(tmp_path):
     data = make_folder(tmp_path / "tree", 18)
     big = Image.new("RGB", (3000, 2000), (200, 0, 0))
-    path = Path(data.open().name(7))
+    path = Path(data.examples.name(7))
     path.write_bytes(as_file(big, "JPEG"))
     whole = joined(take(data.once(sharding()), 9))
     assert whole["weight"][:18].all()

@@ -74,7 +74,7 @@ def test_what_a_source_promises(name, settings):
     if source.encoded:
         assert all(isinstance(image, bytes) and image for image in images)
     else:
-        assert images.dtype == np.uint8 and images.shape == (source.size, 8, 8, source.channels)
+        assert images.dtype == np.uint8 and images.shape == (source.size, 8, 8, source.shape[-1])
     assert len({source.name(i) for i in range(source.size)}) == source.size
 
 
@@ -161,7 +161,7 @@ def test_digits_can_be_sliced():
 def test_synthetic_images_have_the_size_asked_for(image_size, channels):
     source = SOURCES["synthetic"](split="validation[:10]", image_size=image_size, channels=channels)
     images, labels = source.read(np.arange(10))
-    assert source.size == 10 and source.channels == channels and images.shape == (10, *image_size, channels)
+    assert source.size == 10 and source.shape == (*image_size, channels) and images.shape == (10, *image_size, channels)
     assert len(np.unique(images[0])) > 2 and {*labels} <= {0, 1}
 
 
@@ -295,7 +295,7 @@ def test_tfds_refuses_impossible_slices(tfds_dir, split):
 
 def test_an_unknown_tfds_set_gets_the_nearest_name(tmp_path):
     line = problem("tfds", name="fashion_mnst", data_dir=str(tmp_path), split="train")
-    assert "config.data.name" in line and "did you mean 'fashion_mnist'" in line
+    assert "config.data.name" in line and "did you mean fashion_mnist?" in line
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a/b/c", "mini_pictures:9.9.9", "mini_pictures/huge"])

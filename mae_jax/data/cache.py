@@ -1,0 +1,108 @@
+"""Decoded images, kept in memory or in a folder, for data sets that fit: reading one is then a copy."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from etils import epy
+
+from mae_jax.data.augment import decode
+from mae_jax.data.sources import Source
+from mae_jax.errors import ConfigError
+
+with epy.lazy_imports():
+    import tensorflow as tf
+
+CHUNK = 256  # images read at once
+
+
+def decoded(source: Source, channels: int, where: str) -> Source:
+    """`source` with all its images decoded, each once, to uint8[h,w,C] of the size it has.
+
+    Args:
+      where: "memory", or a folder that will hold a file of h * w * C bytes an image; another run finds it there,
+        by the names of the images: when files change, delete it.
+
+    Raises:
+      ConfigError: the folder cannot be written to.
+    """
+    if where == "memory":
+        file = io.BytesIO()
+        shapes, labels = _decode_all(source, channels, file)
+        pixels = np.frombuffer(file.getbuffer(), np.uint8)
+    else:
+        folder = Path(os.path.expanduser(where)) / _digest(source, channels)
+        try:
+            if not folder.exists():
+                _write(source, channels, folder)
+            table = np.load(folder / "table.npz")
+            shapes, labels = table["shapes"], table["labels"]
+            pixels = np.memmap(folder / "pixels", np.uint8, "r") if shapes.any() else np.zeros(0, np.uint8)
+        except OSError as error:
+            raise ConfigError(f"config.data.cache: {error}; name a folder with room for the decoded images") from error
+    alike = bool(len(shapes)) and bool((shapes == shapes[0]).all()) and bool(shapes[0].all())
+    if alike:
+        images = pixels.reshape(len(shapes), *shapes[0], channels)
+    else:
+        ends = np.cumsum(shapes.prod(axis=1) * channels)
+
+    def read(index):
+        if alike:
+            return images[index], labels[index]
+        starts = ends[index] - shapes[index].prod(axis=1) * channels
+        found = [pixels[a:b] for a, b in zip(starts, ends[index], strict=True)]
+        return [x.reshape(*s, channels) for x, s in zip(found, shapes[index], strict=True)], labels[index]
+
+    shape = (*shapes[0].tolist(), channels) if alike else (None, None, channels)
+    return Source(source.size, read, False, source.name, shape, source.labels)
+
+
+def _digest(source: Source, channels: int) -> str:
+    names = hashlib.sha256(repr((source.size, channels)).encode())
+    for i in range(source.size):
+        names.update(source.name(i).encode(errors="surrogateescape") + b"\n")
+    return names.hexdigest()[:16]
+
+
+def _write(source: Source, channels: int, folder: Path) -> None:
+    """Decode into `folder`, which is there whole or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with (unfinished / "pixels").open("wb") as file:
+        shapes, labels = _decode_all(source, channels, file)
+    np.savez(unfinished / "table.npz", shapes=shapes, labels=labels)
+    unfinished.rename(folder)
+
+
+def _decode_all(source: Source, channels: int, file) -> tuple[np.ndarray, np.ndarray]:
+    """Write the pixels of all images to `file`; their (h, w) i64[n,2], (0, 0) where it cannot be read, and labels."""
+    print(f"decoding {source.size} images, to keep them", flush=True)
+    shapes, labels = [], []
+    for image, label in _decode_each(source, channels):
+        shapes.append(image.shape[:2])
+        labels.append(label)
+        file.write(image.tobytes())
+    return np.array(shapes, np.int64).reshape(-1, 2), np.array(labels, np.int64)
+
+
+def _decode_each(source: Source, channels: int) -> Iterator[tuple[np.ndarray, int]]:
+    tf.config.set_visible_devices([], "GPU")
+    graph = tf.function(lambda data: decode(data, channels), input_signature=[tf.TensorSpec((), tf.string)])
+    unreadable = np.zeros((0, 0, channels), np.uint8)
+
+    def decode_one(data):
+        try:
+            return graph(tf.constant(data)).numpy()
+        except Exception:  # of TensorFlow or Pillow, and there are many; who reads it, reports it
+            return unreadable
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for start in range(0, source.size, CHUNK):
+            images, labels = source.read(np.arange(start, min(start + CHUNK, source.size)))
+            yield from zip(threads.map(decode_one, images), labels, strict=True)

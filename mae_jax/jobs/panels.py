@@ -1,0 +1,89 @@
+"""Pictures of reconstructions: a row of panels per image, as in the paper's figures 2 to 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw
+
+from mae_jax.data.pipeline import Dataset
+from mae_jax.errors import DataError
+from mae_jax.model import losses, masking
+from mae_jax.model.mae import MAE
+from mae_jax.model.masking import Mask
+from mae_jax.model.patches import denormalize, grid_of, normalize, unpatchify
+from mae_jax.model.targets import Target
+
+PANELS = ("original", "masked", "reconstruction", "visible pasted in")
+GREY = 128  # of hidden patches in the masked panel
+
+
+def first_images(data: Dataset, count: int) -> tuple[np.ndarray, list[str]]:
+    """The first `count` images of `data`, uint8[n,H,W,C], less those that cannot be read; and their names."""
+    source = data.examples
+    count = min(count, source.size)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    (batch,) = data.but(batch_size=count, repeats=1).once(device, limit=count)
+    readable = np.flatnonzero(np.asarray(batch["weight"]))
+    if not len(readable):
+        raise DataError(f"none of the first {count} images can be read, beginning with {source.name(0)}")
+    return np.asarray(batch["image"])[readable], [source.name(int(i)) for i in readable]
+
+
+def sample_mask(config: Mapping, key: jax.Array, count: int) -> Mask:
+    """Masks for `count` images of the model that `config` describes, as config.mask says."""
+    grid = grid_of(config["data"]["image_size"], config["encoder"]["patch_size"])
+    return masking.sample(key, count, grid, **config["mask"])
+
+
+def make_panels(model: MAE, target: Target, config: ConfigDict) -> Callable:
+    """A jitted `f(params, images uint8[N,H,W,C], mask) -> (panels uint8[N,4,H,W,C], loss f32[N])`.
+
+    The panels are those of `PANELS`; the loss is that of each image on its hidden patches.
+    """
+
+    @jax.jit
+    def draw(params, images, mask):
+        x = normalize(images, **config.pixels)
+        pred = model.apply({"params": params}, x, mask, every_patch=True)  # [N,L,T]
+        loss = losses.mse(masking.take(pred, mask.hidden), masking.take(target.encode(x), mask.hidden))
+        patch = model.encoder.patch_size
+        removed = jnp.repeat(mask.removed[:, :, None], patch**2, axis=2)  # [N,L,P*P]
+        hidden = unpatchify(removed, patch, images.shape[1:3]) > 0  # [N,H,W,1]
+        rebuilt = denormalize(target.decode(pred.astype(jnp.float32), x), **config.pixels)
+        grey = jnp.uint8(GREY)
+        panels = [images, jnp.where(hidden, grey, images), rebuilt, jnp.where(hidden, rebuilt, images)]
+        return jnp.stack(panels, axis=1), loss
+
+    return draw
+
+
+def sheet(panels: np.ndarray, side: int = 112) -> np.ndarray:
+    """One picture of panels uint8[N,4,H,W,C], a row per image: uint8[h,w,3].
+
+    Small images are enlarged to about `side` pixels without smoothing; of more than three channels the first is shown.
+    """
+    channels = panels.shape[-1]
+    shown = panels if channels == 3 else np.repeat(panels[..., :1], 3, axis=-1)
+    zoom = max(1, round(side / max(panels.shape[2:4])))
+    shown = shown.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    n, columns, height, width, _ = shown.shape
+    gap, header = 4, 18
+    picture = Image.new("RGB", (columns * (width + gap) + gap, header + n * (height + gap)), "white")
+    pen = ImageDraw.Draw(picture)
+    for c, title in enumerate(PANELS):
+        pen.text((gap + c * (width + gap), 3), title, fill="black")
+        for r in range(n):
+            picture.paste(Image.fromarray(shown[r, c]), (gap + c * (width + gap), header + r * (height + gap)))
+    return np.asarray(picture)
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write uint8[h,w,3] as a PNG file, with the folders it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
