@@ -226,7 +226,10 @@ def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
     config, problems = complete(config, SCHEMA, VALUES)
     if config is None:
         raise ConfigError(problems)
-    problems += checks.model_problems(config) + checks.run_problems(config)
+    told = [problem.split(":")[0] for problem in problems]  # of a setting that is wrong, the rest does not matter
+    for problem in checks.model_problems(config) + checks.run_problems(config):
+        if not any(key.startswith(problem.split(":")[0]) for key in told):
+            problems.append(problem)
     if any(problem.startswith(WITHOUT_WHICH_NO_DATA) for problem in problems):
         raise ConfigError(problems)
     data = Dataset(**config.data)
