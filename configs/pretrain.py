@@ -3,8 +3,8 @@
     mae-jax pretrain --config=configs/pretrain.py:NAME --workdir=DIR [--config.GROUP.KEY=VALUE ...]
 
 NAME          data                      model, target                    cost
-digits        scikit-learn, 8x8         64x3, patch 2, pixels            2 minutes on 2 cores
-fashion_mnist TFDS, 28x28               patch 4, normalised pixels       15 minutes on 2 cores
+digits        scikit-learn, 8x8         64x3, patch 2, pixels            1 minute on 2 cores
+fashion_mnist TFDS, 28x28               patch 4, normalised pixels       12 minutes on 2 cores
 cifar10       TFDS, 32x32               192x12, patch 4, norm. pixels    one GPU
 folder        any tree of image files   ViT-S/16 at 224, norm. pixels    one GPU or more
 vit_b16       ImageNet-1k (TFDS), 224   ViT-B/16, norm. pixels           1600 epochs of batch 4096
@@ -131,10 +131,10 @@ def cifar10() -> ConfigDict:
 def fashion_mnist() -> ConfigDict:
     """Ten kinds of clothing on a laptop; prepare the data with mae-jax prepare --config=configs/prepare.py.
 
-    Measured, with seed 0 on two cores: eval/loss falls from 2.99 (step 0) over 0.577 (step 234) to 0.429 (step 2340),
-    0.73 of eval/baseline_loss 0.589; 600 to 750 images/s with little else running, 599,040 images. The cls token of
-    10,000 training images, standardised, tells 80.8 % of 5,000 test images apart by logistic regression, 77.7 % by
-    20 nearest neighbours.
+    Measured, with seed 0 on two cores: train/loss is 0.783 at step 39, eval/loss falls from 0.576 (step 234) to 0.430
+    (step 2340), 0.73 of eval/baseline_loss 0.589; 820 to 1030 images/s, 599,040 images, 12 minutes in all. From 10,000
+    training images, standardised, the cls token tells 81.4 % of 5,000 test images apart by logistic regression and
+    77.9 % by 20 nearest neighbours, the mean of the patch tokens 82.2 % and 79.1 %; raw pixels: 80.7 % by neighbours.
     """
     config = paper()
     config.encoder.update(width=96, depth=4, heads=3, patch_size=4)
@@ -156,8 +156,8 @@ def fashion_mnist() -> ConfigDict:
 def digits() -> ConfigDict:
     """The quickstart: 1438 handwritten digits of 8x8 pixels, 359 held out.
 
-    Measured, with seed 0: eval/loss falls from 2.56 to 0.322, 0.64 of eval/baseline_loss 0.506, in 137 seconds of CPU
-    time, start-up included.
+    Measured, with seed 0 on two cores: eval/loss falls from 0.517 (step 300) to 0.318 (step 1496), 0.63 of
+    eval/baseline_loss 0.506; 4,000 images/s, 67 seconds in all, 25 of them until the first step.
     """
     config = paper()
     config.encoder.update(width=64, depth=3, heads=2, patch_size=2)

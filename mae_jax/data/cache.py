@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from etils import epy
 
 from mae_jax.data.augment import decode
 from mae_jax.data.sources import Source
-from mae_jax.errors import ConfigError
+from mae_jax.errors import ConfigError, DataError
 
 with epy.lazy_imports():
     import tensorflow as tf
@@ -88,21 +87,31 @@ def _decode_all(source: Source, channels: int, file) -> tuple[np.ndarray, np.nda
         shapes.append(image.shape[:2])
         labels.append(label)
         file.write(image.tobytes())
+    if len(shapes) != source.size:
+        raise DataError(f"of {source.size} images only {len(shapes)} could be decoded; is there enough memory?")
     return np.array(shapes, np.int64).reshape(-1, 2), np.array(labels, np.int64)
 
 
 def _decode_each(source: Source, channels: int) -> Iterator[tuple[np.ndarray, int]]:
     tf.config.set_visible_devices([], "GPU")
-    graph = tf.function(lambda data: decode(data, channels), input_signature=[tf.TensorSpec((), tf.string)])
-    unreadable = np.zeros((0, 0, channels), np.uint8)
 
-    def decode_one(data):
+    def read(start):
+        images, labels = source.read(np.arange(start, min(start + CHUNK, source.size)))
+        return np.array(images, object), labels
+
+    examples = (
+        tf.data.Dataset.range(0, source.size, CHUNK)
+        .map(lambda start: tf.numpy_function(read, [start], (tf.string, tf.int64), stateful=False))
+        .map(lambda images, labels: (tf.ensure_shape(images, (None,)), tf.ensure_shape(labels, (None,))))
+        .unbatch()
+        .map(lambda image, label: (decode(image, channels), label), tf.data.AUTOTUNE, deterministic=True)
+        .prefetch(CHUNK)
+        .as_numpy_iterator()
+    )
+    while True:
         try:
-            return graph(tf.constant(data)).numpy()
-        except Exception:  # of TensorFlow or Pillow, and there are many; who reads it, reports it
-            return unreadable
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for start in range(0, source.size, CHUNK):
-            images, labels = source.read(np.arange(start, min(start + CHUNK, source.size)))
-            yield from zip(threads.map(decode_one, images), labels, strict=True)
+            yield next(examples)
+        except StopIteration:
+            return
+        except Exception:  # of TensorFlow or Pillow, and there are many; who reads this image will report it
+            yield np.zeros((0, 0, channels), np.uint8), -1

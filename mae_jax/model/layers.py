@@ -14,19 +14,19 @@ from mae_jax.model import ops
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias over the last axis; xavier-uniform kernel, zero bias."""
+    """x @ kernel + bias over the last axis, or only some `columns` of it; xavier-uniform kernel, zero bias."""
 
     features: int
     dtype: str = "float32"
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
-        bias = self.param("bias", self.bias_init, (self.features,))
+    def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))[:, columns]
+        bias = self.param("bias", self.bias_init, (self.features,))[columns]
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         rows = ops.linear(rows, kernel.astype(self.dtype), bias.astype(self.dtype))
-        return rows.reshape(*x.shape[:-1], self.features)
+        return rows.reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):
@@ -54,10 +54,16 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
         n, tokens, width = x.shape
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(n, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [N,heads,tokens,D/heads]
-        x = ops.attention(q[:, :, first:], k, v).transpose(0, 2, 1, 3).reshape(n, tokens - first, width)
+
+        def by_head(x):
+            return x.reshape(n, x.shape[1], -1, self.heads, width // self.heads).transpose(2, 0, 3, 1, 4)
+
+        qkv = Dense(3 * width, self.dtype, name="qkv")
+        if first:
+            (q,), (k, v) = by_head(qkv(x[:, first:], slice(width))), by_head(qkv(x, slice(width, None)))
+        else:
+            q, k, v = by_head(qkv(x))  # each [N,heads,tokens,D/heads]
+        x = ops.attention(q, k, v).transpose(0, 2, 1, 3).reshape(n, tokens - first, width)
         return Dense(width, self.dtype, name="out")(x)
 
 
