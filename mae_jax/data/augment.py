@@ -121,9 +121,35 @@ def random_crop_box(shape, seed, scale: Sequence[float], ratio: Sequence[float])
 AUGMENTATIONS = {"none": centre_crop, "fixed_crop": fixed_crop, "random_resized_crop": random_resized_crop}
 
 
+def augment_file(data, channels: int, seed, *, size, name: str, scale, ratio, flip: bool):
+    """`augment` of `decode`, of an image file; where the augmentation crops a JPEG, only the crop is decoded."""
+    settings = {"size": size, "name": name, "scale": scale, "ratio": ratio, "flip": flip}
+    if name != "random_resized_crop" or channels != 3:
+        return augment(decode(data, channels), seed, **settings)
+
+    def crop_of_jpeg():
+        box = random_crop_box(tf.image.extract_jpeg_shape(data)[:2], seed, scale, ratio)
+        return tf.image.decode_and_crop_jpeg(data, tf.stack(box), channels=3)
+
+    def crop_of_image():
+        image = decode(data, channels)
+        return tf.image.crop_to_bounding_box(image, *random_crop_box(tf.shape(image)[:2], seed, scale, ratio))
+
+    # a JPEG without its end is cut short, which a crop from its beginning would not notice
+    start, end = tf.strings.substr(data, 0, 3), tf.strings.substr(data, -2, 2)
+    whole_jpeg = (tf.strings.length(data) > 4) & (start == b"\xff\xd8\xff") & (end == b"\xff\xd9")
+    image = resize(tf.ensure_shape(tf.cond(whole_jpeg, crop_of_jpeg, crop_of_image), (None, None, 3)), size)
+    return flipped(image, seed) if flip else image
+
+
+def flipped(image, seed):
+    """Every other image mirrored left to right."""
+    return tf.image.stateless_random_flip_left_right(image, seed=seed + 1)
+
+
 def augment(image, seed, *, size, name: str, scale: Sequence[float], ratio: Sequence[float], flip: bool):
     """The image as training sees it: uint8[h,w,C] to uint8[H,W,C], `size` = (H, W), `name` a row of `AUGMENTATIONS`."""
     image = AUGMENTATIONS[name](image, size, seed, scale, ratio)
     if flip:
-        image = tf.image.stateless_random_flip_left_right(image, seed=seed + 1)
+        image = flipped(image, seed)
     return tf.ensure_shape(image, (*size, image.shape[-1]))

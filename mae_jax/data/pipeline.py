@@ -17,7 +17,7 @@ from etils import epy
 from jax.sharding import Sharding
 
 from mae_jax.data.augment import augment as augment_image
-from mae_jax.data.augment import decode
+from mae_jax.data.augment import augment_file, decode
 from mae_jax.data.cache import decoded
 from mae_jax.data.sources import SOURCES, Source
 from mae_jax.errors import DataError
@@ -169,14 +169,17 @@ class Dataset:
 
         def prepare(example):
             if encoded:
-                image = decode(example["image"], self.channels)
+                image = example["image"]
             else:
                 image = tf.reshape(tf.io.decode_raw(example["image"], tf.uint8), (*tf.unstack(example["shape"]), -1))
                 image = tf.ensure_shape(image, (None, None, self.channels))
             settings = {"size": tuple(self.image_size), "name": self.augment, "flip": self.flip}
             settings |= {"scale": self.scale, "ratio": self.ratio}
-            positions = [example["place"] * self.repeats + i for i in range(self.repeats)]
-            return tf.stack([augment_image(image, tf.stack([seed, position]), **settings) for position in positions])
+            seeds = [tf.stack([seed, example["place"] * self.repeats + i]) for i in range(self.repeats)]
+            if encoded and self.repeats == 1:
+                return augment_file(image, self.channels, seeds[0], **settings)[None]
+            image = decode(image, self.channels) if encoded else image
+            return tf.stack([augment_image(image, one, **settings) for one in seeds])
 
         def prepare_chunk(chunk):
             return {**chunk, "image": tf.map_fn(prepare, chunk, fn_output_signature=tf.uint8)}

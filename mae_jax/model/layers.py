@@ -21,12 +21,16 @@ class Dense(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
+    def weights(self, inputs: int) -> tuple[jax.Array, jax.Array]:
+        """The kernel dtype[inputs,features] and the bias dtype[features]."""
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (inputs, self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))[:, columns]
-        bias = self.param("bias", self.bias_init, (self.features,))[columns]
+        kernel, bias = self.weights(x.shape[-1])
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        rows = ops.linear(rows, kernel.astype(self.dtype), bias.astype(self.dtype))
-        return rows.reshape(*x.shape[:-1], -1)
+        return ops.linear(rows, kernel[:, columns], bias[columns]).reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):
@@ -76,8 +80,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        x = Dense(self.hidden, self.dtype, name="in")(x)
-        return Dense(width, self.dtype, name="out")(ops.gelu(x))
+        inner, outer = Dense(self.hidden, self.dtype, name="in"), Dense(width, self.dtype, name="out")
+        rows = x.reshape(-1, width).astype(self.dtype)
+        return ops.mlp(rows, *inner.weights(width), *outer.weights(self.hidden)).reshape(x.shape)
 
 
 class Block(nn.Module):

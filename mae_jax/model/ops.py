@@ -4,8 +4,9 @@ The values are those of the plain formulas and of their derivatives; what differ
 pass and how it is computed. XLA's CPU compiler turns the derivative of a plain x @ kernel into a transposed copy,
 fused with the whole chain of residual gradients before it, so that work grows with the square of the depth; products
 that contract rows directly leave it nothing to transpose. Sums over rows and columns are products with ones, which run
-at the speed of matrix products. GELU and the softmax keep one array each, and compute the rest again. Together 1.2 to
-1.3 times the speed of autodiff on a CPU, in two thirds of its memory; tests/model/test_ops.py proves them equal.
+at the speed of matrix products. The softmax keeps one array, and an MLP its hidden values before the GELU: what comes
+after it is cheap to compute again. tests/model/test_ops.py proves them equal to autodiff, and
+tests/benchmarks/step.py measures what they bring.
 
 Products of bfloat16 arrays accumulate in float32.
 """
@@ -55,20 +56,37 @@ def _linear_backward(saved, g):
 linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _linear_backward)
 
 
+def _normal_cdf(x):
+    """f32 of any shape and dtype."""
+    return 0.5 * (1 + jax.lax.erf(x.astype(jnp.float32) * math.sqrt(0.5)))
+
+
 @jax.custom_vjp
-def gelu(x):
-    """The exact GELU, x times the normal distribution function of x (Hendrycks & Gimpel 2016), of any shape."""
-    return x * (0.5 * (1 + jax.lax.erf(x.astype(jnp.float32) * math.sqrt(0.5)))).astype(x.dtype)
+def mlp(x, kernel, bias, out_kernel, out_bias):
+    """gelu(x @ kernel + bias) @ out_kernel + out_bias: [M,I], [I,H], [H], [H,O], [O] -> [M,O], all of one dtype.
+
+    The GELU is the exact one, x times the normal distribution function of x (Hendrycks & Gimpel 2016).
+    """
+    return _mlp_forward(x, kernel, bias, out_kernel, out_bias)[0]
 
 
-def _gelu_backward(x, g):
-    wide = x.astype(jnp.float32)
-    cdf = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
+def _mlp_forward(x, kernel, bias, out_kernel, out_bias):
+    hidden = linear(x, kernel, bias)
+    active = hidden * _normal_cdf(hidden).astype(x.dtype)
+    return linear(active, out_kernel, out_bias), (x, hidden, kernel, out_kernel)
+
+
+def _mlp_backward(saved, g):
+    x, hidden, kernel, out_kernel = saved
+    wide, cdf = hidden.astype(jnp.float32), _normal_cdf(hidden)
+    active = hidden * cdf.astype(hidden.dtype)
+    dactive, dout_kernel, dout_bias = _linear_backward((active, out_kernel), g)
     density = jnp.exp(-0.5 * jnp.square(wide)) * (1 / math.sqrt(2 * math.pi))
-    return ((g * (cdf + wide * density)).astype(x.dtype),)
+    dhidden = (dactive * (cdf + wide * density)).astype(hidden.dtype)
+    return *_linear_backward((x, kernel), dhidden), dout_kernel, dout_bias
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 @jax.custom_vjp

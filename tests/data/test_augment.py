@@ -353,3 +353,39 @@ FLOATS = encoded(Image.fromarray(np.linspace(0, 1, 100, dtype=np.float32).reshap
 def test_what_is_no_picture_is_an_error(data):
     with pytest.raises((tf.errors.OpError, OSError, ValueError)):
         decode(tf.constant(data), 3)
+
+
+CROPPED = {"size": (24, 24), "name": "random_resized_crop", "scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": True}
+
+
+def jpeg_of(mode, **options):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).resize((301, 203), Image.BICUBIC)
+    file = io.BytesIO()
+    image.convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+JPEGS = {
+    "fine colour": (jpeg_of("RGB", subsampling=0), 0),
+    "coarse colour": (jpeg_of("RGB", subsampling=2), 12),  # which is blended across the edge of the crop
+    "grey": (jpeg_of("L"), 0),
+    "cmyk": (jpeg_of("CMYK"), 0),
+    "junk after its end": (jpeg_of("RGB", subsampling=0) + b"junk", 0),
+}
+
+
+@pytest.mark.parametrize(("file", "tolerance"), JPEGS.values(), ids=JPEGS)
+def test_a_crop_decoded_alone_is_the_crop_of_the_whole(file, tolerance):
+    for i in range(8):
+        seed = tf.constant([3, i], tf.int64)
+        crop = module.augment_file(tf.constant(file), 3, seed, **CROPPED).numpy().astype(int)
+        whole = augment(decode(tf.constant(file), 3), seed, **CROPPED).numpy().astype(int)
+        assert np.abs(crop - whole).max() <= tolerance
+
+
+def test_a_jpeg_cut_short_is_noticed_wherever_the_crop_lies():
+    file = jpeg_of("RGB")
+    for i in range(8):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            module.augment_file(tf.constant(file[: len(file) * 9 // 10]), 3, tf.constant([3, i], tf.int64), **CROPPED)

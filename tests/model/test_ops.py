@@ -12,8 +12,8 @@ def plain_linear(x, kernel, bias):
     return x @ kernel + bias[None]
 
 
-def plain_gelu(x):
-    return jax.nn.gelu(x, approximate=False)
+def plain_mlp(x, kernel, bias, out_kernel, out_bias):
+    return plain_linear(jax.nn.gelu(plain_linear(x, kernel, bias), approximate=False), out_kernel, out_bias)
 
 
 def plain_layer_norm(x, scale, bias):
@@ -28,7 +28,7 @@ def plain_attention(q, k, v):
 
 CASES = {
     "linear": (ops.linear, plain_linear, ((24, 12), (12, 20), (20,))),
-    "gelu": (ops.gelu, plain_gelu, ((24, 12),)),
+    "mlp": (ops.mlp, plain_mlp, ((24, 12), (12, 48), (48,), (48, 20), (20,))),
     "layer_norm": (ops.layer_norm, plain_layer_norm, ((24, 12), (12,), (12,))),
     "attention": (ops.attention, plain_attention, ((8, 2, 4, 8), (8, 2, 6, 8), (8, 2, 6, 8))),
 }
