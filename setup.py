@@ -22,7 +22,6 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",  # checkpoints
         "ml-collections>=1.1",  # configs and their overrides on the command line
         "clu>=0.0.12",  # TensorBoard writers, the parameter table
-        "filelock>=3.16",  # JAX needs it to keep its compilation cache from growing without end
         "etils>=1.10",  # lazy imports of what takes seconds
         "absl-py>=2.1",  # flags, which ml-collections builds on
         f"tensorflow-cpu>=2.21; {LINUX_X86}",  # tf.data; JAX alone uses the accelerator

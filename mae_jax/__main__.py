@@ -12,7 +12,6 @@ from pathlib import Path
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import JOBS
 
-CACHE_BYTES = 4 * 2**30  # of compiled programs; those not used for longest go first
 USAGE = "usage: mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]"
 
 
@@ -84,7 +83,6 @@ def _keep_what_is_compiled() -> None:
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{home}/mae_jax/compiled"))
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
