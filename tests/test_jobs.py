@@ -384,10 +384,35 @@ def test_another_architecture_is_refused_with_all_differences(trained, capsys):
 
 def test_another_order_of_the_data_is_refused(trained, capsys):
     other = ("--config.data.split=train[:96]", "--config.seed=1", "--config.data.batch_size=16")
+    other += ("--config.data.repeats=2",)
     assert pretraining(trained, *SHORT, *other) == 2
     told = capsys.readouterr().err
-    for key in ("config.data.split", "config.seed", "config.data.batch_size"):
+    for key in ("config.data.split", "config.seed", "config.data.batch_size", "config.data.repeats"):
         assert key in told
+
+
+def test_a_run_stopped_after_its_last_checkpoint_still_ends_as_promised(trained, tmp_path):
+    workdir = copy_of(trained, tmp_path)
+    (workdir / "summary.json").unlink()
+    shutil.rmtree(workdir / "reconstructions")
+    lines = [line for line in lines_of(workdir) if (line["step"], "eval/loss" in line) != (STEPS, True)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):  # the second time with all lines there
+        assert pretraining(workdir, *SHORT) == 0
+        assert lines_of(workdir, TIMINGS) == lines_of(trained, TIMINGS)
+        picture = f"reconstructions/step_{STEPS}.png"
+        assert (workdir / picture).read_bytes() == (trained / picture).read_bytes()
+        (workdir / "summary.json").unlink()
+
+
+def test_a_config_that_cannot_be_read_is_one_line(trained, tmp_path, capsys):
+    workdir = copy_of(trained, tmp_path)
+    (workdir / "config.json").write_text("{")
+    assert pretraining(workdir, *SHORT, "--config.train.steps=60") == 4
+    assert "config.json: not readable" in capsys.readouterr().err
+    (workdir / "checkpoints" / str(STEPS) / "config" / "config.json").write_text("")
+    assert reconstruction(workdir, tmp_path / "out") == 4
+    assert "config.json: not readable" in capsys.readouterr().err
 
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, monkeypatch, capsys):

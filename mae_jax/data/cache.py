@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def decoded(source: Source, channels: int, where: str) -> Source:
 
     Args:
       where: "memory", or a folder that will hold a file of h * w * C bytes an image; another run finds it there,
-        by the names of the images: when files change, delete it.
+        unless the image files have changed.
 
     Raises:
       ConfigError: the folder cannot be written to.
@@ -40,11 +42,16 @@ def decoded(source: Source, channels: int, where: str) -> Source:
         try:
             if not folder.exists():
                 _write(source, channels, folder)
-            table = np.load(folder / "table.npz")
-            shapes, labels = table["shapes"], table["labels"]
+            with (folder / "table.npz").open("rb") as file:
+                table = np.load(file)
+                shapes, labels = table["shapes"], table["labels"]
             pixels = np.memmap(folder / "pixels", np.uint8, "r") if shapes.any() else np.zeros(0, np.uint8)
+            if len(pixels) != shapes.prod(axis=1).sum() * channels or len(shapes) != source.size:
+                raise ValueError("the files are not whole")
         except OSError as error:
             raise ConfigError(f"config.data.cache: {error}; name a folder with room for the decoded images") from error
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"config.data.cache: {folder} is damaged ({error}); delete it") from error
     alike = bool(len(shapes)) and bool((shapes == shapes[0]).all()) and bool(shapes[0].all())
     if alike:
         images = pixels.reshape(len(shapes), *shapes[0], channels)
@@ -63,20 +70,24 @@ def decoded(source: Source, channels: int, where: str) -> Source:
 
 
 def _digest(source: Source, channels: int) -> str:
-    names = hashlib.sha256(repr((source.size, channels)).encode())
-    for i in range(source.size):
-        names.update(source.name(i).encode(errors="surrogateescape") + b"\n")
-    return names.hexdigest()[:16]
+    text = f"{source.size} {channels} {source.identity()}"
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _write(source: Source, channels: int, folder: Path) -> None:
     """Decode into `folder`, which is there whole or not at all."""
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with (unfinished / "pixels").open("wb") as file:
-        shapes, labels = _decode_all(source, channels, file)
-    np.savez(unfinished / "table.npz", shapes=shapes, labels=labels)
-    unfinished.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as name:
+        unfinished = Path(name) / "whole"
+        unfinished.mkdir()
+        with (unfinished / "pixels").open("wb") as file:
+            shapes, labels = _decode_all(source, channels, file)
+        np.savez(unfinished / "table.npz", shapes=shapes, labels=labels)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
 
 
 def _decode_all(source: Source, channels: int, file) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,7 @@ class Dataset:
       repeats: so many samples of a batch are crops of one image, which is read once. Where reading is what limits
         the speed, two to four cost little accuracy (Hoffer et al. 2020, arXiv 1901.09335).
       cache: keep decoded images: "memory", or a folder to keep them in. For data sets that fit; empty: decode again.
+        (Of a JPEG, random resized crops alone are decoded then, whose edges may differ by a grey level or two.)
     """
 
     source: str
@@ -71,20 +72,25 @@ class Dataset:
     cache: str = ""
 
     @functools.cached_property
-    def examples(self) -> Source:
+    def opened(self) -> Source:
         """The source itself, opened once.
 
         Raises:
           ConfigError: it is missing, empty or not prepared.
         """
-        source = SOURCES[self.source](**dataclasses.asdict(self))
-        return decoded(source, self.channels, self.cache) if self.cache and source.encoded else source
+        return SOURCES[self.source](**dataclasses.asdict(self))
+
+    @functools.cached_property
+    def examples(self) -> Source:
+        """The source, with its images decoded where `cache` says so: then this takes time."""
+        keep = self.cache and self.opened.encoded
+        return decoded(self.opened, self.channels, self.cache) if keep else self.opened
 
     def but(self, **changes) -> Dataset:
         """The same data set with other settings."""
         other = dataclasses.replace(self, **changes)
         if changes.keys() <= {"augment", "flip", "repeats", "batch_size"}:
-            other.__dict__["examples"] = self.examples  # the same images: no need to open, or decode, them again
+            other.__dict__.update(opened=self.opened, examples=self.examples)  # the same images, not read again
         return other
 
     def held_out_set(self) -> Dataset:
@@ -106,15 +112,26 @@ class Dataset:
 
         return self._batches(range(start, FOREVER), index_of, FOREVER, seed, sharding)
 
-    def once(self, sharding: Sharding, limit: int | None = None) -> Iterator[dict]:
-        """The data in order, once, or only its first `limit` examples; the last batch is padded with weight 0."""
+    def once(self, sharding: Sharding | None, limit: int | None = None) -> Iterator[dict]:
+        """The data in order, once, or only its first `limit` examples; the last batch is padded with weight 0.
+
+        Without `sharding`, batches are NumPy arrays, whole on every host.
+        """
         size = min(self.examples.size, limit or FOREVER)
         steps = range(-(-size // self.batch_size))
         return self.but(repeats=1)._batches(steps, lambda place: np.minimum(place, size - 1), size, 0, sharding)
 
-    def _batches(self, steps: range, index_of: Callable, end: int, seed: int, sharding: Sharding) -> Iterator[dict]:
+    def _batches(self, steps: range, index_of: Callable, end: int, seed: int, sharding) -> Iterator[dict]:
+        host, hosts = (0, 1) if sharding is None else (jax.process_index(), jax.process_count())
+        images = self.batch_size // self.repeats  # of a batch, over all hosts
+
+        def places(step) -> np.ndarray:
+            """Which images this host reads for a batch, numbered i64[n] over the whole run; repeats do not count."""
+            share = images // hosts
+            return step * images + host * share + np.arange(share)
+
         def read(step) -> dict:
-            place = self._places(step)
+            place = places(step)
             index = index_of(place)
             image, label = self.examples.read(index)
             weight = (place < end).astype(np.float32)
@@ -123,7 +140,7 @@ class Dataset:
         # where there is nothing to decode, crop or flip, batches are rows of one array
         ready = self.examples.shape == (*self.image_size, self.channels) and self.augment == "none" and not self.flip
         named = set()
-        for batch in map(read, steps) if ready else self._prepared(read, steps, seed):
+        for batch in map(read, steps) if ready else self._prepared(read, places, steps, seed):
             image = batch["image"]
             if not ready:
                 unreadable = batch["index"][~batch["readable"] & (batch["place"] < end)].tolist()
@@ -134,15 +151,12 @@ class Dataset:
             elif self.repeats > 1:
                 image = image.repeat(self.repeats, axis=0)
             parts = {"image": image} | {key: batch[key].repeat(self.repeats) for key in ("label", "weight")}
-            yield {key: jax.make_array_from_process_local_data(sharding, x) for key, x in parts.items()}
+            if sharding is None:
+                yield parts
+            else:
+                yield {key: jax.make_array_from_process_local_data(sharding, x) for key, x in parts.items()}
 
-    def _places(self, step: int) -> np.ndarray:
-        """Which images this host reads for a batch, numbered i64[n] over the whole run; repeats do not count."""
-        images = self.batch_size // self.repeats
-        share = images // jax.process_count()
-        return step * images + jax.process_index() * share + np.arange(share)
-
-    def _prepared(self, read: Callable[[int], dict], steps: range, seed: int) -> Iterator[dict]:
+    def _prepared(self, read: Callable, places: Callable, steps: range, seed: int) -> Iterator[dict]:
         """What `read` gives for each step, with images decoded and augmented: uint8[n,repeats,H,W,C].
 
         An image that cannot be is black, and weighs nothing; `readable` bool[n] tells which.
@@ -211,13 +225,13 @@ class Dataset:
             .batch(CHUNK)
             .interleave(attempt, cycle_length=16, block_length=1, num_parallel_calls=tf.data.AUTOTUNE)
             .unbatch()
-            .batch(len(self._places(0)), drop_remainder=True)
+            .batch(len(places(steps.start)), drop_remainder=True)
             .prefetch(2)
         )
         options = tf.data.Options()
         options.deterministic = True
         for step, batch in zip(steps, batches.with_options(options).as_numpy_iterator(), strict=True):
-            if not np.array_equal(batch["place"], self._places(step)):
+            if not np.array_equal(batch["place"], places(step)):
                 raise DataError(f"images before step {step} were lost; is there enough memory?")
             yield batch
 

@@ -34,6 +34,7 @@ class Source:
       shape: (h, w, C) where the source fixes them, with None for what differs from image to image; else None. Where
         all three are fixed, the images that are read are one array uint8[n,h,w,C].
       labels: the names of the classes; empty where there are none, and labels are then -1.
+      identity: what tells these files from any others, as text; none where they are made in memory.
     """
 
     size: int
@@ -42,6 +43,7 @@ class Source:
     name: Callable[[int], str]
     shape: tuple[int | None, int | None, int] | None = None
     labels: tuple[str, ...] = ()
+    identity: Callable[[], str] | None = None
 
 
 def subset(split: str, base_sizes: dict[str, int]) -> np.ndarray:
@@ -145,7 +147,7 @@ def files(*, path: str, **_) -> Source:
         if not matches:
             raise ConfigError(f"no image file {pattern.strip()!r}; name files, or patterns such as photos/*.png")
         found += matches
-    return image_files(found)
+    return image_files(list(dict.fromkeys(found)))
 
 
 def image_files(paths: Sequence[Path], labels: np.ndarray | None = None, classes: Sequence[str] = ()) -> Source:
@@ -155,7 +157,11 @@ def image_files(paths: Sequence[Path], labels: np.ndarray | None = None, classes
     def read(index):
         return [_bytes(paths[i]) for i in index], labels[index].astype(np.int64)
 
-    return Source(len(paths), read, True, lambda i: str(paths[i]), labels=tuple(classes))
+    def identity():
+        found = [(os.path.abspath(path), os.stat(path)) for path in paths]
+        return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in found)
+
+    return Source(len(paths), read, True, lambda i: str(paths[i]), labels=tuple(classes), identity=identity)
 
 
 def _bytes(path: Path) -> bytes:
@@ -195,7 +201,8 @@ def from_tfds(*, split: str, name: str, data_dir: str, **_) -> Source:
         examples = records.__getitems__(index.tolist())
         return [e[image] for e in examples], np.array([e["label"] if classes else -1 for e in examples], np.int64)
 
-    return Source(size, read, True, lambda i: f"{name} {split} image {i}", labels=classes)
+    identity = lambda: f"{builder.data_path} {split}"  # noqa: E731
+    return Source(size, read, True, lambda i: f"{name} {split} image {i}", labels=classes, identity=identity)
 
 
 def tfds_builder(name: str, data_dir: str):

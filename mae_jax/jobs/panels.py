@@ -27,12 +27,11 @@ def first_images(data: Dataset, count: int) -> tuple[np.ndarray, list[str]]:
     """The first `count` images of `data`, uint8[n,H,W,C], less those that cannot be read; and their names."""
     source = data.examples
     count = min(count, source.size)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    (batch,) = data.but(batch_size=count, repeats=1).once(device, limit=count)
-    readable = np.flatnonzero(np.asarray(batch["weight"]))
+    (batch,) = data.but(batch_size=count, repeats=1).once(None, limit=count)
+    readable = np.flatnonzero(batch["weight"])
     if not len(readable):
         raise DataError(f"none of the first {count} images can be read, beginning with {source.name(0)}")
-    return np.asarray(batch["image"])[readable], [source.name(int(i)) for i in readable]
+    return batch["image"][readable], [source.name(int(i)) for i in readable]
 
 
 def sample_mask(config: Mapping, key: jax.Array, count: int) -> Mask:

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import complete, flatten, make_workdir, to_json, write_json
 from mae_jax.data.pipeline import Dataset
-from mae_jax.errors import ConfigError, DataError
+from mae_jax.errors import CheckpointError, ConfigError, DataError
 from mae_jax.jobs import checks, models, panels
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
     began = time.time()
     config, data, held_out = check(config)
-    steps_per_epoch = data.examples.size // data.batch_size
+    steps_per_epoch = data.opened.size // data.batch_size
     steps = total_steps(steps_per_epoch, **config.train)
     make_workdir(workdir)
     compare_with_earlier_run(config, workdir)
@@ -236,7 +236,7 @@ def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
     held_out = data.held_out_set()
     for name, part in {"training": data, "held-out": held_out}.items():
         try:
-            source = part.examples
+            source = part.opened
         except ConfigError as error:
             problems += error.problems
             continue
@@ -279,9 +279,13 @@ def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
         "data.image_size",
         "data.channels",
         "data.batch_size",
+        "data.repeats",
         "seed",
     )
-    before, now = flatten(json.loads(path.read_text())), flatten(to_json(config))
+    try:
+        before, now = flatten(json.loads(path.read_text())), flatten(to_json(config))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable ({error}); copy that of the newest checkpoint over it") from error
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     told = {key: f"config.{key}: {before.get(key)} in {path}, now {now.get(key)}" for key in changed}
     refused = [f"{told[key]}; use a new --workdir" for key in changed if key.startswith(fixed)]

@@ -83,16 +83,16 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
         raise ConfigError([*problems, *error.problems]) if problems else error from None
     problems += checks.mask_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask
-    data = Dataset(**trained.data).held_out_set()
+    data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:
         data = dataclasses.replace(data, source="files", path=config.images)
     elif config.split:
         data = dataclasses.replace(data, split=config.split)
     try:
-        if not data.examples.size:
+        if not data.opened.size:
             problems.append(f"config.split: {data.split!r} has no images")
     except ConfigError as error:
-        problems += error.problems
+        problems += [f"{problem} (as in training; or name images in config.images)" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
     return config, trained, data

@@ -105,7 +105,11 @@ def steps_in(folder: Path) -> list[int]:
 
 def load_config(path: str | Path) -> dict:
     """The config of the run that wrote the workdir or checkpoint at `path`."""
-    return json.loads((locate(path) / "config" / CONFIG).read_text())
+    file = locate(path) / "config" / CONFIG
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not readable ({error}); use another checkpoint") from error
 
 
 def load_params(path: str | Path, abstract: dict) -> dict:

@@ -93,7 +93,8 @@ def fit(
 
     The order is a contract: hooks see the state of step i, evaluation before saving; *then* batch i is taken. So a
     checkpoint of step i has all metrics up to i before it, and the batch it goes on with is number i. The state that
-    a run begins with is not news: a new run has learnt nothing, a resumed one has been looked at.
+    a run begins with is not news: a new run has learnt nothing, a resumed one has been looked at. (One that has
+    nothing left to do may have been stopped before its last look.)
 
     Args:
       batches: batch number `state.step`, and those after it.
@@ -107,7 +108,7 @@ def fit(
     with _Signals() as signals:
         for step in range(first, steps + 1):
             due = [hook for period, hook in hooks if step == steps or (period and step % period == 0)]
-            if due and step > first:
+            if due and (step > first or step == steps):
                 jax.block_until_ready(state)
                 with progress.paused():
                     for hook in due:

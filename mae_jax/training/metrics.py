@@ -29,11 +29,14 @@ class Writer:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         unfinished.replace(self.path)
+        self._there = {(line["step"], *sorted(line.keys() - {"step"})) for line in kept if line["step"] == resume_step}
         self._file = self.path.open("a")
         self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line {"step": step, name: number, ...}, on disk when this returns."""
+        """One line {"step": step, name: number, ...}, on disk when this returns; of what is there already, none."""
+        if (step, *sorted(scalars)) in self._there:
+            return
         numbers = {name: float(value) for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()

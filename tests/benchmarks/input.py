@@ -67,7 +67,12 @@ def tf_usual(folder):
     def prepare(path):
         image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
         begin, size, _ = tf.image.sample_distorted_bounding_box(
-            tf.shape(image), tf.zeros((1, 0, 4)), 0.0, RATIO, SCALE, use_image_if_no_bounding_boxes=True
+            tf.shape(image),
+            tf.zeros((1, 0, 4)),
+            min_object_covered=0.0,
+            aspect_ratio_range=RATIO,
+            area_range=SCALE,
+            use_image_if_no_bounding_boxes=True,
         )
         image = tf.slice(image, begin, size)
         image = tf.image.resize(image, (SIDE, SIDE), "bicubic", antialias=True)

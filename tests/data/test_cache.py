@@ -103,6 +103,45 @@ def test_what_was_cut_short_while_writing_is_not_taken_for_whole(alike, tmp_path
     assert_same(first(Dataset(**alike, cache=str(tmp_path)), 3), first(Dataset(**alike), 3))
 
 
+def test_a_process_that_was_slower_takes_what_is_there(alike, tmp_path, monkeypatch):
+    want, rename = first(Dataset(**alike, cache=str(tmp_path)), 3), Path.rename
+    (folder,) = tmp_path.iterdir()
+    folder.rename(tmp_path / "aside")
+
+    def too_late(self, target):
+        rename(tmp_path / "aside", target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", too_late)
+    assert_same(first(Dataset(**alike, cache=str(tmp_path)), 3), want)
+    assert list(tmp_path.iterdir()) == [folder], "nothing unfinished is left"
+
+
+def test_files_that_changed_are_decoded_again(tmp_path):
+    (tmp_path / "a").mkdir()
+    settings = {"source": "folder", "path": str(tmp_path / "a"), "split": "all", "batch_size": 8, "image_size": (8, 8)}
+    for brightness in (10, 200):
+        for i in range(8):
+            Image.new("RGB", (8, 8), (brightness,) * 3).save(tmp_path / "a" / f"{i}.png")
+        (batch,) = first(Dataset(**settings, cache=str(tmp_path / "kept")), 1)
+        assert (batch["image"] == brightness).all()
+
+
+@pytest.mark.parametrize("name", ["pixels", "table.npz"])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_damaged_folder_is_one_line(name, kept, alike, tmp_path):
+    first(Dataset(**alike, cache=str(tmp_path)), 1)
+    (file,) = tmp_path.glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=r"is damaged.*delete it"):
+        first(Dataset(**alike, cache=str(tmp_path)), 1)
+
+
+def test_opening_does_not_decode(alike, monkeypatch):
+    monkeypatch.setattr(cache, "_decode_all", None)
+    assert Dataset(**alike, cache="memory").opened.size == 20
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(alike, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"config\.data\.cache: .*file"):

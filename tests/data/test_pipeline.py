@@ -248,8 +248,9 @@ def test_hosts_make_their_parts_of_the_same_batches(name, hosts, sets, running, 
     parts = {"shuffled": [], "once": []}
     for host in range(hosts):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        parts["shuffled"].append(take(data.shuffled(3, 5, None), 2))
-        parts["once"].append(take(data.once(None), 10))
+        parts["shuffled"].append(take(data.shuffled(3, 5, "any"), 2))
+        parts["once"].append(take(data.once("any"), 10))
+        assert same(joined(data.once(None)), joined(whole["once"])), "without a sharding, each host has all"
     for kind, want in whole.items():
         assert [len(part) for part in parts[kind]] == [len(want)] * hosts
         for i, batch in enumerate(want):

@@ -100,6 +100,12 @@ def test_a_run_does_not_call_the_hooks_of_the_step_it_begins_with():
     assert run.events[:2] == ["batch 2", "start 3"]
 
 
+def test_a_run_with_nothing_left_to_do_takes_its_last_look():
+    run = Run()
+    assert int(run.fit(5, 5).step) == 5
+    assert run.events == ["eval 5", "save 5"]
+
+
 def test_two_halves_do_what_the_whole_does():
     whole, first, second = Run(), Run(), Run()
     whole.fit(0, 8, every=3)
@@ -108,12 +114,6 @@ def test_two_halves_do_what_the_whole_does():
     kinds = ("eval", "save", "batch")
     assert first.of(*kinds) + second.of(*kinds) == whole.of(*kinds)
     assert second.of("log") == ["log 6", "log 8"]
-
-
-def test_a_run_that_is_done_does_nothing():
-    run = Run()
-    assert int(run.fit(4, 4).step) == 4
-    assert run.events == []
 
 
 @pytest.mark.parametrize(
