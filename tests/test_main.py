@@ -332,6 +332,13 @@ def test_all_mistakes_of_model_data_and_run_are_listed_together(command):
         assert sum(f"config.{key}" in line for line in lines) == 1, key
 
 
+def test_a_bad_image_size_hides_no_mistake_that_has_nothing_to_do_with_it(command):
+    wrong = ["--config.data.image_size=(7,7)", "--config.seed=-1", "--config.mask.name=x"]
+    lines = command("pretrain", [f"--config={DIGITS}", *wrong])
+    for key in ("data.image_size", "seed", "mask.name"):
+        assert sum(f"config.{key}:" in line for line in lines) == 1, key
+
+
 def test_all_mistakes_in_keys_and_types_are_listed_together(command, tmp_path):
     path = tmp_path / "own.py"
     change = "config.mask.ratoi = 1; config.mask.ratio = None; del config.data.source; config.extra = 1"

@@ -18,7 +18,7 @@ from mae_jax.training import optim
 def model_problems(config: ConfigDict) -> list[str]:
     """What is wrong with the model's numbers, one line each."""
     data, encoder, decoder = config.data, config.encoder, config.decoder
-    problems = unknown_names(
+    problems = sampling_problems(config) + unknown_names(
         {
             "config.target.name": (config.target.name, targets.TARGETS),
             "config.dtype": (config.dtype, ("float32", "bfloat16")),
@@ -33,7 +33,7 @@ def model_problems(config: ConfigDict) -> list[str]:
             f"config.encoder.patch_size {patch}"
         )
     else:
-        problems += mask_problems(config, grid_of(data.image_size, patch))
+        problems += ratio_problems(config, grid_of(data.image_size, patch))
     for group, part in {"encoder": encoder, "decoder": decoder}.items():
         least = 1 if group == "encoder" else 0
         if part.width < 4 or part.width % 4 or part.heads < 1 or part.width % part.heads:
@@ -48,16 +48,21 @@ def model_problems(config: ConfigDict) -> list[str]:
     return problems
 
 
-def mask_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
-    """What is wrong with config.mask for a `grid` of patches, and with config.seed, one line each."""
+def sampling_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with config.mask.name and config.seed, one line each."""
     problems = unknown_names({"config.mask.name": (config.mask.name, masking.SAMPLERS)})
-    try:
-        masking.visible_count(grid[0] * grid[1], config.mask.ratio)
-    except ValueError as error:
-        problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some")
     if not 0 <= config.seed < 2**32:
         problems.append(f"config.seed: {config.seed} is not between 0 and {2**32 - 1}")
     return problems
+
+
+def ratio_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
+    """What is wrong with config.mask.ratio for a `grid` of patches: a line, or none."""
+    try:
+        masking.visible_count(grid[0] * grid[1], config.mask.ratio)
+    except ValueError as error:
+        return [f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some"]
+    return []
 
 
 def run_problems(config: ConfigDict) -> list[str]:

@@ -81,7 +81,8 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
         trained = models.load_config(config.init)
     except UserError as error:
         raise ConfigError([*problems, *error.problems]) if problems else error from None
-    problems += checks.mask_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
+    problems += checks.sampling_problems(config)
+    problems += checks.ratio_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask
     data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:
