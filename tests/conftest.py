@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -18,3 +19,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def own_cache(tmp_path_factory):
     """Programs compiled in tests are not kept among the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory):
+    """Whole jobs repeat the same programs: keep what is compiled, and do not polish it (slow tests do)."""
+    settings = {  # and their defaults
+        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("compiled")), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+        "jax_disable_most_optimizations": (True, False),
+    }
+    for name, (value, _) in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
+    compilation_cache.reset_cache()

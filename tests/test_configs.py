@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from mae_jax.__main__ import main
 from mae_jax.config import complete
@@ -23,23 +22,6 @@ _spec.loader.exec_module(recipes)
 
 IMAGENET = ("vit_b16", "vit_l16", "vit_h14")
 IMAGENET_TRAIN = 1_281_167
-
-
-@pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory):
-    """Recipes that shrink to the same programs compile them once, and without optimization: they run two steps."""
-    settings = {  # and their defaults
-        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("compiled")), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-        "jax_disable_most_optimizations": (True, False),
-    }
-    for name, (value, _) in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)

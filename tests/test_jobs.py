@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import mae_jax
@@ -39,22 +38,7 @@ SHORT = (  # five epochs of 10 steps; one block compiles faster than two
 TIMINGS = {"train/images_per_second", "perf/data_wait_fraction"}
 HIDDEN_GREY = 128
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Runs here repeat the same programs: keep what is compiled, and do not polish it (slow tests do)."""
-    settings = {  # and their defaults
-        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("compiled")), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-        "jax_disable_most_optimizations": (True, False),
-    }
-    for name, (value, _) in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def pretraining(workdir, *arguments, config=TINY):

@@ -181,37 +181,11 @@ class Dataset:
             parts = {key: tf.ensure_shape(x, (None, 2) if key == "shape" else (None,)) for key, x in parts.items()}
             return parts | {"readable": tf.ones_like(parts["weight"], tf.bool)}
 
-        def prepare(example):
-            if encoded:
-                image = example["image"]
-            else:
-                image = tf.reshape(tf.io.decode_raw(example["image"], tf.uint8), (*tf.unstack(example["shape"]), -1))
-                image = tf.ensure_shape(image, (None, None, self.channels))
-            settings = {"size": tuple(self.image_size), "name": self.augment, "flip": self.flip}
-            settings |= {"scale": self.scale, "ratio": self.ratio}
-            seeds = [tf.stack([seed, example["place"] * self.repeats + i]) for i in range(self.repeats)]
-            if encoded and self.repeats == 1:
-                return augment_file(image, self.channels, seeds[0], **settings)[None]
-            image = decode(image, self.channels) if encoded else image
-            return tf.stack([augment_image(image, one, **settings) for one in seeds])
-
         def prepare_chunk(chunk):
-            return {**chunk, "image": tf.map_fn(prepare, chunk, fn_output_signature=tf.uint8)}
+            return {**chunk, "image": tf.map_fn(lambda x: self._prepare(x, seed), chunk, fn_output_signature=tf.uint8)}
 
         def mend(chunk):
-            """A black picture in place of each that cannot be decoded."""
-            if encoded:
-                readable = tf.numpy_function(_decodable, [chunk["image"]], tf.bool, stateful=False)
-                black = {"image": tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))}
-            else:
-                readable = tf.reduce_all(chunk["shape"] > 0, axis=1)
-                black = {"image": tf.constant(bytes(self.channels)), "shape": tf.ones((1, 2), tf.int32)}
-            readable = tf.ensure_shape(readable, (None,))
-            weight = chunk["weight"] * tf.cast(readable, tf.float32)
-            mended = {"readable": readable, "weight": weight}
-            for key, x in black.items():
-                mended[key] = tf.where(readable if key == "image" else readable[:, None], chunk[key], x)
-            return {**chunk, **mended}
+            return _mended(chunk, self.channels)
 
         def attempt(chunk):
             """A data set of one element: the chunk prepared or, only where that fails, the mended chunk prepared."""
@@ -234,6 +208,35 @@ class Dataset:
             if not np.array_equal(batch["place"], places(step)):
                 raise DataError(f"images before step {step} were lost; is there enough memory?")
             yield batch
+
+    def _prepare(self, example: dict, seed: int):
+        """The samples made of one image, a file or bytes and their shape: uint8[repeats,H,W,C]."""
+        settings = {"size": tuple(self.image_size), "name": self.augment, "flip": self.flip}
+        settings |= {"scale": self.scale, "ratio": self.ratio}
+        seeds = [tf.stack([seed, example["place"] * self.repeats + i]) for i in range(self.repeats)]
+        if "shape" in example:
+            height, width = tf.unstack(example["shape"])
+            image = tf.reshape(tf.io.decode_raw(example["image"], tf.uint8), (height, width, self.channels))
+        elif self.repeats == 1:
+            return augment_file(example["image"], self.channels, seeds[0], **settings)[None]
+        else:
+            image = decode(example["image"], self.channels)
+        return tf.stack([augment_image(image, one, **settings) for one in seeds])
+
+
+def _mended(chunk: dict, channels: int) -> dict:
+    """The chunk with a black picture, which weighs nothing, in place of each image that cannot be decoded."""
+    if "shape" in chunk:
+        readable = tf.reduce_all(chunk["shape"] > 0, axis=1)
+        black = tf.constant(bytes(channels))  # one pixel
+        chunk = {**chunk, "shape": tf.where(readable[:, None], chunk["shape"], 1)}
+    else:
+        readable = tf.numpy_function(_decodable, [chunk["image"]], tf.bool, stateful=False)
+        readable = tf.ensure_shape(readable, (None,))
+        black = tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))
+    image = tf.where(readable, chunk["image"], black)
+    weight = chunk["weight"] * tf.cast(readable, tf.float32)
+    return {**chunk, "image": image, "weight": weight, "readable": readable}
 
 
 def _decodable(images: np.ndarray) -> np.ndarray:

@@ -50,6 +50,19 @@ def images_of(config):
 # A peer is `f(config) -> (run, temporary bytes or None)`; run(n) makes n steps and waits for them.
 
 
+def repeated(step, state, batch):
+    """A peer from a compiled step (state, batch) -> (state, anything)."""
+    import jax
+
+    def run(n):
+        nonlocal state
+        for _ in range(n):
+            state, result = step(state, batch)
+        jax.block_until_ready((state, result))
+
+    return run, step.memory_analysis().temp_size_in_bytes
+
+
 def ours(config):
     """This project's own train step, on one device."""
     import jax
@@ -67,20 +80,11 @@ def ours(config):
     loss = pretrain.make_loss(model, target, config)
     batch = {"image": jnp.asarray(images_of(config)), "weight": jnp.ones(config.data.batch_size)}
     step = make_train_step(loss, tx, schedule, jax.random.key(1), mesh).lower(abstract, batch).compile()
-    state = new_state()
-
-    def run(n):
-        nonlocal state
-        for _ in range(n):
-            state, scalars = step(state, batch)
-        jax.block_until_ready((state, scalars))
-
-    return run, step.memory_analysis().temp_size_in_bytes
+    return repeated(step, new_state(), batch)
 
 
 def plain(config):
     """The port of plain.py."""
-    import jax
     import jax.numpy as jnp
 
     sys.path.insert(0, str(Path(__file__).parent))
@@ -89,14 +93,7 @@ def plain(config):
     init, step = make_step(config)
     state, images = init(), jnp.asarray(images_of(config))
     step = step.lower(state, images).compile()
-
-    def run(n):
-        nonlocal state
-        for _ in range(n):
-            state, loss = step(state, images)
-        jax.block_until_ready((state, loss))
-
-    return run, step.memory_analysis().temp_size_in_bytes
+    return repeated(step, state, images)
 
 
 def hf(config, compiled=False):
