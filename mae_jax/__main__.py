@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from mae_jax import user_cache
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import JOBS
 
@@ -81,8 +82,7 @@ def _keep_what_is_compiled() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{home}/mae_jax/compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder("compiled")))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -60,14 +60,14 @@ class Attention(nn.Module):
         n, tokens, width = x.shape
 
         def by_head(x):
-            return x.reshape(n, x.shape[1], -1, self.heads, width // self.heads).transpose(2, 0, 3, 1, 4)
+            return jnp.moveaxis(x.reshape(n, x.shape[1], -1, self.heads, width // self.heads), 2, 0)
 
         qkv = Dense(3 * width, self.dtype, name="qkv")
         if first:
             (q,), (k, v) = by_head(qkv(x[:, first:], slice(width))), by_head(qkv(x, slice(width, None)))
         else:
-            q, k, v = by_head(qkv(x))  # each [N,heads,tokens,D/heads]
-        x = ops.attention(q, k, v).transpose(0, 2, 1, 3).reshape(n, tokens - first, width)
+            q, k, v = by_head(qkv(x))  # each [N,tokens,heads,D/heads]
+        x = ops.attention(q, k, v).reshape(n, tokens - first, width)
         return Dense(width, self.dtype, name="out")(x)
 
 

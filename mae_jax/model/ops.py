@@ -8,7 +8,8 @@ at the speed of matrix products. The softmax keeps one array, and an MLP its hid
 after it is cheap to compute again. tests/model/test_ops.py proves them equal to autodiff, and
 tests/benchmarks/step.py measures what they bring.
 
-Products of bfloat16 arrays accumulate in float32.
+On one CPU, what is written here in JAX runs as C++ instead, from the function of the same name in native.cc: `native`
+decides. Products of bfloat16 arrays accumulate in float32.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mae_jax.model import native
+
 EPSILON = 1e-6  # of layer_norm, as in the original code; PyTorch's default is 1e-5
 
 
 EXACT = jax.lax.Precision.HIGHEST  # GPUs and TPUs otherwise round float32 factors to TF32 or bfloat16
 
 
-def _contract(a, b, a_axis: int, b_axis: int, batch: tuple[int, ...] = (), precision=None):
-    """Sum of products over one axis of each; `batch` axes come first in both. f32 for any dtype of the inputs."""
-    axes = (((a_axis,), (b_axis,)), (batch, batch))
+def _contract(a, b, a_axis: int, b_axis: int, batch: tuple[tuple[int, ...], ...] = ((), ()), precision=None):
+    """Sum of products over one axis of each; `batch` axes come first in the result. f32 for any dtype of the inputs."""
+    axes = (((a_axis,), (b_axis,)), batch)
     return jax.lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)
 
 
@@ -41,16 +44,26 @@ def _column_sum(x):
 
 
 @jax.custom_vjp
+@native.or_plain
 def linear(x, kernel, bias):
     """x @ kernel + bias: [M,I], [I,O], [O] -> [M,O], all of one dtype."""
     return _contract(x, kernel, 1, 0).astype(x.dtype) + bias[None]
 
 
+@native.or_plain
+def _input_gradient(g, kernel):
+    return _contract(g, kernel, 1, 1).astype(g.dtype)
+
+
+@native.or_plain
+def _kernel_gradient(x, g):
+    """The gradients of the kernel and of the bias."""
+    return _contract(x, g, 0, 0).astype(g.dtype), _column_sum(g).astype(g.dtype)
+
+
 def _linear_backward(saved, g):
     x, kernel = saved
-    dx = _contract(g, kernel, 1, 1).astype(x.dtype)
-    dkernel = _contract(x, g, 0, 0).astype(kernel.dtype)
-    return dx, dkernel, _column_sum(g).astype(kernel.dtype)
+    return _input_gradient(g, kernel), *_kernel_gradient(x, g)
 
 
 linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _linear_backward)
@@ -61,29 +74,42 @@ def _normal_cdf(x):
     return 0.5 * (1 + jax.lax.erf(x.astype(jnp.float32) * math.sqrt(0.5)))
 
 
+def _gelu(x):
+    """The exact one, x times the normal distribution function of x (Hendrycks & Gimpel 2016)."""
+    return x * _normal_cdf(x).astype(x.dtype)
+
+
+@native.or_plain
+def _linear_gelu(x, kernel, bias):
+    """The values before the GELU, and after it."""
+    hidden = _contract(x, kernel, 1, 0).astype(x.dtype) + bias[None]
+    return hidden, _gelu(hidden)
+
+
+@native.or_plain
+def _gelu_gradient(g, kernel, hidden):
+    """The gradient of the values before the GELU, from that of the product behind it; and the values after it."""
+    wide = hidden.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(wide)) * (1 / math.sqrt(2 * math.pi))
+    dactive = _contract(g, kernel, 1, 1).astype(g.dtype)
+    return (dactive * (_normal_cdf(wide) + wide * density)).astype(hidden.dtype), _gelu(hidden)
+
+
 @jax.custom_vjp
 def mlp(x, kernel, bias, out_kernel, out_bias):
-    """gelu(x @ kernel + bias) @ out_kernel + out_bias: [M,I], [I,H], [H], [H,O], [O] -> [M,O], all of one dtype.
-
-    The GELU is the exact one, x times the normal distribution function of x (Hendrycks & Gimpel 2016).
-    """
+    """gelu(x @ kernel + bias) @ out_kernel + out_bias: [M,I], [I,H], [H], [H,O], [O] -> [M,O], all of one dtype."""
     return _mlp_forward(x, kernel, bias, out_kernel, out_bias)[0]
 
 
 def _mlp_forward(x, kernel, bias, out_kernel, out_bias):
-    hidden = linear(x, kernel, bias)
-    active = hidden * _normal_cdf(hidden).astype(x.dtype)
+    hidden, active = _linear_gelu(x, kernel, bias)
     return linear(active, out_kernel, out_bias), (x, hidden, kernel, out_kernel)
 
 
 def _mlp_backward(saved, g):
     x, hidden, kernel, out_kernel = saved
-    wide, cdf = hidden.astype(jnp.float32), _normal_cdf(hidden)
-    active = hidden * cdf.astype(hidden.dtype)
-    dactive, dout_kernel, dout_bias = _linear_backward((active, out_kernel), g)
-    density = jnp.exp(-0.5 * jnp.square(wide)) * (1 / math.sqrt(2 * math.pi))
-    dhidden = (dactive * (cdf + wide * density)).astype(hidden.dtype)
-    return *_linear_backward((x, kernel), dhidden), dout_kernel, dout_bias
+    dhidden, active = _gelu_gradient(g, out_kernel, hidden)
+    return *_linear_backward((x, kernel), dhidden), *_kernel_gradient(active, g)
 
 
 mlp.defvjp(_mlp_forward, _mlp_backward)
@@ -92,30 +118,37 @@ mlp.defvjp(_mlp_forward, _mlp_backward)
 @jax.custom_vjp
 def layer_norm(x, scale, bias):
     """(x - mean) / sqrt(variance + 1e-6) * scale + bias over rows: f32[M,D], f32[D], f32[D] -> f32[M,D]."""
-    return _layer_norm_forward(x, scale, bias)[0]
+    return _layer_norm(x, scale, bias, epsilon=EPSILON)[0]
+
+
+@native.or_plain
+def _layer_norm(x, scale, bias, *, epsilon):
+    """With the mean and 1 / sqrt(variance + epsilon) of the rows, f32[M,1]."""
+    mean = _row_mean(x)
+    centred = x - mean
+    inverse = jax.lax.rsqrt(_row_mean(jnp.square(centred)) + epsilon)
+    return centred * inverse * scale[None] + bias[None], mean, inverse
 
 
 def _layer_norm_forward(x, scale, bias):
-    mean = _row_mean(x)
-    centred = x - mean
-    inverse = jax.lax.rsqrt(_row_mean(jnp.square(centred)) + EPSILON)
-    return centred * inverse * scale[None] + bias[None], (x, scale, mean, inverse)
+    y, mean, inverse = _layer_norm(x, scale, bias, epsilon=EPSILON)
+    return y, (x, scale, mean, inverse)
 
 
-def _layer_norm_backward(saved, g):
-    x, scale, mean, inverse = saved
+@native.or_plain
+def _layer_norm_gradient(x, scale, mean, inverse, g):
     normal = (x - mean) * inverse
     scaled = g * scale[None]
     dx = inverse * (scaled - _row_mean(scaled) - normal * _row_mean(scaled * normal))
     return dx, _column_sum(g * normal), _column_sum(g)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+layer_norm.defvjp(_layer_norm_forward, lambda saved, g: _layer_norm_gradient(*saved, g))
 
 
 @jax.custom_vjp
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v: [N,heads,Q,d], [N,heads,M,d], [N,heads,M,d] -> [N,heads,Q,d].
+    """softmax(q k^T / sqrt(d)) v for each head: [N,Q,heads,d], [N,M,heads,d], [N,M,heads,d] -> [N,Q,heads,d].
 
     The softmax is float32 for any dtype.
     """
@@ -123,21 +156,31 @@ def attention(q, k, v):
 
 
 def _attention_forward(q, k, v):
-    scores = _contract(q * q.shape[-1] ** -0.5, k, 3, 3, (0, 1))  # f32[N,heads,Q,M]
+    if native.serves(q):  # there the softmax is computed again, from its logarithms' sums
+        n, tokens, heads, _ = q.shape
+        out, logsum = native.call("attention", (q.shape, (n, heads, tokens)), q, k, v)
+        return out, (q, k, v, out, logsum)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [N,heads,tokens,d]
+    scores = _contract(q * q.shape[-1] ** -0.5, k, 3, 3, BY_HEAD)  # f32[N,heads,Q,M]
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return _contract(weights, v, 3, 2, (0, 1)).astype(q.dtype), (q, k, v, weights)
+    out = _contract(weights, v, 3, 2, BY_HEAD).astype(q.dtype)
+    return out.swapaxes(1, 2), (q, k, v, weights)
 
 
 def _attention_backward(saved, g):
+    if len(saved) == 5:
+        return native.call("attention_gradient", tuple(x.shape for x in saved[:3]), *saved, g)
     q, k, v, weights = saved
-    dv = _contract(weights, g, 2, 2, (0, 1)).astype(v.dtype)
-    dweights = _contract(g, v, 3, 3, (0, 1))
+    g = g.swapaxes(1, 2)
+    dv = _contract(weights, g, 2, 2, BY_HEAD).astype(v.dtype)
+    dweights = _contract(g, v, 3, 3, BY_HEAD)
     product = weights * dweights
     dscores = (product - weights * product.sum(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
     dscores = dscores.astype(q.dtype)
-    dq = _contract(dscores, k, 3, 2, (0, 1)).astype(q.dtype)
-    dk = _contract(dscores, q, 2, 2, (0, 1)).astype(k.dtype)
-    return dq, dk, dv
+    dq = _contract(dscores, k, 3, 2, BY_HEAD).astype(q.dtype)
+    dk = _contract(dscores, q, 2, 2, BY_HEAD).astype(k.dtype)
+    return tuple(x.swapaxes(1, 2) for x in (dq, dk, dv))
 
 
+BY_HEAD = ((0, 1), (0, 1))  # the batch axes of [N,heads,...]
 attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,119 @@
+"""The operations of ops.py in C++ (native.cc), for float32 on one CPU, where XLA reaches half the speed of PyTorch.
+
+Nothing needs to be installed: the C++ compiler of the machine (`$CXX` or `c++`: GCC 12, clang 13 or newer) is called
+once, which takes ten seconds, and what it makes is kept in the user's cache folder. Without a compiler, on GPUs and
+TPUs, on several devices and for other dtypes, the formulas in ops.py are what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax import user_cache
+
+SOURCE = Path(__file__).with_suffix(".cc")
+FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -shared -DNDEBUG -w"
+FUNCTIONS = (
+    "linear",
+    "linear_gelu",
+    "input_gradient",
+    "gelu_gradient",
+    "kernel_gradient",
+    "attention",
+    "attention_gradient",
+    "layer_norm",
+    "layer_norm_gradient",
+)
+
+_wanted = True
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """What is traced within is plain JAX: to count its operations, to export it, to compare."""
+    global _wanted
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def serves(x: jax.Array) -> bool:
+    """Whether the functions of native.cc are to be used for `x` and what goes with it."""
+    return (
+        _wanted
+        and x.dtype == jnp.float32
+        and jax.default_backend() == "cpu"
+        and jax.device_count() == 1  # XLA would gather the shards of the arguments on every device
+        and _registered()
+    )
+
+
+def call(name: str, shapes, *args: jax.Array, **attributes: float):
+    """One of `FUNCTIONS`, whose results have the `shapes` (a tree of tuples) given; all float32."""
+    results = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x[0], int)
+    )
+    attributes = {key: np.float32(value) for key, value in attributes.items()}
+    return jax.ffi.ffi_call(f"mae_{name}", results, vmap_method="sequential")(*args, **attributes)
+
+
+def or_plain(plain: Callable) -> Callable:
+    """The function of native.cc with the name of `plain`, without its underscore; `plain` itself where that is unused.
+
+    `plain` takes arrays, and numbers by keyword, and says by its own results which shapes there are.
+    """
+    name = plain.__name__.removeprefix("_")
+    assert name in FUNCTIONS
+
+    @functools.wraps(plain)
+    def chosen(*args, **attributes):
+        if not serves(args[0]):
+            return plain(*args, **attributes)
+        shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(functools.partial(plain, **attributes), *args))
+        return call(name, shapes, *args, **attributes)
+
+    return chosen
+
+
+@functools.cache
+def _registered() -> bool:
+    """Make native.cc known to JAX; compile it unless that has been done on this machine. False if it cannot be."""
+    compiler = os.environ.get("CXX", "c++").split()
+    flags = [*FLAGS.split(), "-isystem", jax.ffi.include_dir()]
+    try:
+        # what the compiler knows of itself and of this processor
+        about = subprocess.run(
+            [*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+        ).stdout
+        digest = hashlib.sha256((about + " ".join(flags)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+        library = user_cache.folder("native") / f"{digest}.so"
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                made = Path(folder) / library.name
+                subprocess.run([*compiler, *flags, str(SOURCE), "-o", made], capture_output=True, text=True, check=True)
+                made.replace(library)  # at once, so that nobody ever finds half of it
+        functions = ctypes.CDLL(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logging.info("native.cc is not used, which makes training on a CPU slower: %s", reason[0] if reason else error)
+        return False
+    for name in FUNCTIONS:
+        function = jax.ffi.pycapsule(getattr(functions, f"mae_{name}"))
+        jax.ffi.register_ffi_target(f"mae_{name}", function, platform="cpu")
+    return True
