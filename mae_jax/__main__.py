@@ -48,6 +48,7 @@ def _run(argv: list[str]) -> int:
         return 0
 
     from mae_jax import config
+    from mae_jax.model import native
 
     flags = {"--config": None, "--workdir": None}
     overrides = []
@@ -73,6 +74,7 @@ def _run(argv: list[str]) -> int:
             problems += error.problems
         raise ConfigError(problems)
     _keep_what_is_compiled()
+    native.keep_freed_memory()
     job.run(settings, workdir)
     return 0
 

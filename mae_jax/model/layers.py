@@ -14,7 +14,7 @@ from mae_jax.model import ops
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias over the last axis, or only some `columns` of it; xavier-uniform kernel, zero bias."""
+    """x @ kernel + bias over the last axis; xavier-uniform kernel, zero bias."""
 
     features: int
     dtype: str = "float32"
@@ -27,10 +27,9 @@ class Dense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
-    def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-        kernel, bias = self.weights(x.shape[-1])
+    def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        return ops.linear(rows, kernel[:, columns], bias[columns]).reshape(*x.shape[:-1], -1)
+        return ops.linear(rows, *self.weights(x.shape[-1])).reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):
@@ -59,15 +58,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
         n, tokens, width = x.shape
 
-        def by_head(x):
-            return jnp.moveaxis(x.reshape(n, x.shape[1], -1, self.heads, width // self.heads), 2, 0)
-
-        qkv = Dense(3 * width, self.dtype, name="qkv")
-        if first:
-            (q,), (k, v) = by_head(qkv(x[:, first:], slice(width))), by_head(qkv(x, slice(width, None)))
-        else:
-            q, k, v = by_head(qkv(x))  # each [N,tokens,heads,D/heads]
-        x = ops.attention(q, k, v).reshape(n, tokens - first, width)
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x).reshape(n, tokens, 3, self.heads, -1)
+        x = ops.attention(qkv, first).reshape(n, tokens - first, width)
         return Dense(width, self.dtype, name="out")(x)
 
 

@@ -36,7 +36,9 @@ constexpr Index LANES = 4, ROWS = 6, VECTORS = 4;  // 24 of 32
 #endif
 constexpr Index COLUMNS = VECTORS * LANES;
 
-inline Index rounded_up(Index n, Index unit) { return (n + unit - 1) / unit * unit; }
+inline Index pieces(Index n, Index unit) { return (n + unit - 1) / unit; }
+
+inline Index rounded_up(Index n, Index unit) { return pieces(n, unit) * unit; }
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef std::int32_t IntVec __attribute__((vector_size(LANES * sizeof(float))));
@@ -233,8 +235,6 @@ void pack(float* to, Factor from, Index count, Index depth) {
   }
 }
 
-inline Index packed(Index count, Index depth, Index width) { return rounded_up(count, width) * depth; }
-
 // What is done to a result before it is stored: f(value, row, column, how many of its lanes count) -> value.
 struct Nothing {
   Vec operator()(Vec value, Index, Index, Index) const { return value; }
@@ -271,24 +271,27 @@ inline void multiply_panels(Index rows, Index columns, const float* a, const flo
   return multiply_panels<ROWS / 3, VECTORS / 2>(a, b, depth, sums);
 }
 
-constexpr Index DEPTH = 256;  // of two panels that fit into the L1 cache
+constexpr Index DEPTH = 256;            // of two panels that fit into the L1 cache
+constexpr Index STRIP = 4 * COLUMNS;  // of the right factor packed at a time
 
 // c[rows, columns] = a b, with `stride` from row to row of c; on this thread, in scratch slots 0 and 1.
 template <class Finish>
 void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float* c, Index stride,
               const Finish& finish) {
-  float* left = scratch(0, packed(rows, std::min(depth, DEPTH), ROWS));
-  float* right = scratch(1, packed(columns, std::min(depth, DEPTH), COLUMNS));
+  float* left = scratch(0, rounded_up(rows, ROWS) * std::min(depth, DEPTH));
+  float* right = scratch(1, STRIP * std::min(depth, DEPTH));
   for (Index k = 0; k < depth; k += DEPTH) {
     const Index some = std::min(DEPTH, depth - k);
     const bool first = k == 0, last = k + some == depth;
     pack<ROWS>(left, a.at(0, k), rows, some);
-    pack<COLUMNS>(right, b.at(0, k), columns, some);
-    for (Index j = 0; j < columns; j += COLUMNS)
+    for (Index j = 0; j < columns; j += COLUMNS) {
+      if (j % STRIP == 0) pack<COLUMNS>(right, b.at(j, k), std::min(STRIP, columns - j), some);
       for (Index i = 0; i < rows; i += ROWS) {
         const Index high = std::min(ROWS, rows - i), wide = std::min(COLUMNS, columns - j);
+        for (Index row = 0; row < high; ++row)  // fetched while the product is computed
+          for (Index v = 0; v < VECTORS; ++v) __builtin_prefetch(c + (i + row) * stride + j + v * LANES, 1);
         alignas(64) float sums[ROWS * COLUMNS];
-        multiply_panels(high, wide, left + i * some, right + j * some, some, sums);
+        multiply_panels(high, wide, left + i * some, right + j % STRIP * some, some, sums);
         auto give = [&](Index row, Index v, Index count) __attribute__((always_inline)) {
           float* out = c + (i + row) * stride + j + v * LANES;
           Vec value = load(sums + row * COLUMNS + v * LANES);
@@ -303,25 +306,25 @@ void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float*
           else
             for (Index v = 0; v * LANES < wide; ++v) give(row, v, wide - v * LANES);
       }
+    }
   }
 }
 
-// Tasks for c[rows, columns] = a b: tiles whose packed factors fit into the L2 cache, at least a few per thread.
+// Tasks for c[rows, columns] = a b: tiles whose packed factors fit into the L2 cache, as many for each thread.
 template <class Finish = Nothing>
-void add_product(Tasks& tasks, Factor a, Factor b, Index rows, Index columns, Index depth, float* c,
+void add_product(Tasks& tasks, Index threads, Factor a, Factor b, Index rows, Index columns, Index depth, float* c,
                  Finish finish = {}) {
-  Index high = std::min(rounded_up(rows, ROWS), 20 * ROWS), wide = std::min(rounded_up(columns, COLUMNS), Index{512});
-  while (((rows + high - 1) / high) * ((columns + wide - 1) / wide) < 8 && (high > 8 * ROWS || wide > 4 * COLUMNS))
-    if (wide > high || high <= 8 * ROWS)
-      wide = rounded_up(wide / 2, COLUMNS);
-    else
-      high = rounded_up(high / 2, ROWS);
+  Index down = pieces(rows, 256), across = pieces(columns, 768);
+  while (down * across < 2 * threads || down * across % threads) {
+    if (rows / down < 4 * ROWS && columns / across < 4 * COLUMNS) break;
+    (rows / down > columns / across ? down : across) += 1;
+  }
+  const Index high = rounded_up(pieces(rows, down), ROWS), wide = rounded_up(pieces(columns, across), COLUMNS);
   for (Index j = 0; j < columns; j += wide)
     for (Index i = 0; i < rows; i += high)
       tasks.push_back([=] {
         multiply(a.at(i, 0), b.at(j, 0), std::min(high, rows - i), std::min(wide, columns - j), depth,
-                 c + i * columns + j, columns,
-                 [&](Vec value, Index row, Index column, Index count) {
+                 c + i * columns + j, columns, [&](Vec value, Index row, Index column, Index count) {
                    return finish(value, i + row, j + column, count);
                  });
       });
@@ -358,7 +361,7 @@ ffi::Error linear(ffi::ThreadPool pool, Array x, Array kernel, Array bias, Resul
   const Index m = rows_of(x), inputs = columns_of(x), outputs = columns_of(kernel);
   const float* add = bias.typed_data();
   Tasks tasks;
-  add_product(tasks, {x.typed_data(), inputs, 1}, {kernel.typed_data(), 1, outputs}, m, outputs, inputs,
+  add_product(tasks, pool.num_threads(), {x.typed_data(), inputs, 1}, {kernel.typed_data(), 1, outputs}, m, outputs, inputs,
               y->typed_data(),
               [=](Vec value, Index, Index column, Index count) { return value + load(add + column, count); });
   run(pool, tasks);
@@ -371,7 +374,7 @@ ffi::Error linear_gelu(ffi::ThreadPool pool, Array x, Array kernel, Array bias, 
   const float* add = bias.typed_data();
   float* out = active->typed_data();
   Tasks tasks;
-  add_product(tasks, {x.typed_data(), inputs, 1}, {kernel.typed_data(), 1, outputs}, m, outputs, inputs,
+  add_product(tasks, pool.num_threads(), {x.typed_data(), inputs, 1}, {kernel.typed_data(), 1, outputs}, m, outputs, inputs,
               hidden->typed_data(), [=](Vec value, Index row, Index column, Index count) {
                 value += load(add + column, count);
                 store(out + row * outputs + column, value * normal(value).cdf, count);
@@ -385,7 +388,7 @@ ffi::Error linear_gelu(ffi::ThreadPool pool, Array x, Array kernel, Array bias, 
 ffi::Error input_gradient(ffi::ThreadPool pool, Array g, Array kernel, Result dx) {
   const Index m = rows_of(g), inputs = rows_of(kernel), outputs = columns_of(g);
   Tasks tasks;
-  add_product(tasks, {g.typed_data(), outputs, 1}, {kernel.typed_data(), outputs, 1}, m, inputs, outputs,
+  add_product(tasks, pool.num_threads(), {g.typed_data(), outputs, 1}, {kernel.typed_data(), outputs, 1}, m, inputs, outputs,
               dx->typed_data());
   run(pool, tasks);
   return ffi::Error::Success();
@@ -397,7 +400,7 @@ ffi::Error gelu_gradient(ffi::ThreadPool pool, Array g, Array kernel, Array hidd
   const float* before = hidden.typed_data();
   float* out = active->typed_data();
   Tasks tasks;
-  add_product(tasks, {g.typed_data(), outputs, 1}, {kernel.typed_data(), outputs, 1}, m, inputs, outputs,
+  add_product(tasks, pool.num_threads(), {g.typed_data(), outputs, 1}, {kernel.typed_data(), outputs, 1}, m, inputs, outputs,
               dhidden->typed_data(), [=](Vec value, Index row, Index column, Index count) {
                 const Vec x = load(before + row * inputs + column, count);
                 const Normal at = normal(x);
@@ -412,7 +415,7 @@ ffi::Error gelu_gradient(ffi::ThreadPool pool, Array g, Array kernel, Array hidd
 ffi::Error kernel_gradient(ffi::ThreadPool pool, Array x, Array g, Result dkernel, Result dbias) {
   const Index m = rows_of(x), inputs = columns_of(x), outputs = columns_of(g);
   Tasks tasks;
-  add_product(tasks, {x.typed_data(), 1, inputs}, {g.typed_data(), 1, outputs}, inputs, outputs, m,
+  add_product(tasks, pool.num_threads(), {x.typed_data(), 1, inputs}, {g.typed_data(), 1, outputs}, inputs, outputs, m,
               dkernel->typed_data());
   add_column_sums(tasks, g.typed_data(), m, outputs, dbias->typed_data());
   run(pool, tasks);
@@ -421,19 +424,22 @@ ffi::Error kernel_gradient(ffi::ThreadPool pool, Array x, Array g, Result dkerne
 
 // -------------------------------------------------------------------------------------------------- attention
 
-// One head of [N,T,H,D]: a matrix [T,D] whose rows are `stride` apart.
+// One head of one sample: a matrix [T,D] whose rows are `stride` apart.
 struct Head {
   float* data;
   Index tokens, stride;
 
   Factor rows() const { return {data, stride, 1}; }
   Factor columns() const { return {data, 1, stride}; }
+  Head from(Index first) const { return {data + first * stride, tokens - first, stride}; }
 };
 
-Head head_of(float* data, const Array& like, Index task) {
-  const auto shape = like.dimensions();
-  const Index tokens = shape[1], heads = shape[2], width = shape[3];
-  return {data + task / heads * tokens * heads * width + task % heads * width, tokens, heads * width};
+// Number `task` of the heads of x[N,T,H,D], or of the queries, keys or values in x[N,T,3,H,D] (`part` 0, 1 or 2).
+Head head_of(const Array& x, Index task, Index part = 0) {
+  const auto shape = x.dimensions();
+  const Index tokens = shape[1], width = shape.back(), heads = shape[shape.size() - 2];
+  const Index all = heads * width, stride = shape.size() == 5 ? 3 * all : all;
+  return {x.typed_data() + task / heads * tokens * stride + part * all + task % heads * width, tokens, stride};
 }
 
 // Turn `count` scores into exp(scale * (score - the largest)), with zeros up to whole vectors.
@@ -459,43 +465,43 @@ inline Softmax softmax(float* scores, Index count, float scale) {
   return {1.0f / all, top + std::log(all)};
 }
 
-// out[N,Q,H,D] = softmax(q k^T / sqrt(D)) v, and the logarithm of each softmax's sum, [N,H,Q]
-ffi::Error attention(ffi::ThreadPool pool, Array q, Array k, Array v, Result out, Result logsum) {
-  const Index heads = q.dimensions()[2], width = q.dimensions()[3];
+// out[N,Q,H,D] = softmax(q k^T / sqrt(D)) v for the last Q tokens of qkv[N,T,3,H,D], and the logarithms of the sums of
+// the softmax, [N,H,Q]
+ffi::Error attention(ffi::ThreadPool pool, Array qkv, Result out, Result logsum) {
+  const Index heads = qkv.dimensions()[3], width = qkv.dimensions()[4];
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Tasks tasks;
-  for (Index task = 0; task < rows_of(q) * heads; ++task)
+  for (Index task = 0; task < rows_of(qkv) * heads; ++task)
     tasks.push_back([&, task] {
-      const Head queries = head_of(q.typed_data(), q, task), keys = head_of(k.typed_data(), k, task);
-      const Head values = head_of(v.typed_data(), v, task), result = head_of(out->typed_data(), q, task);
-      const Index stride = rounded_up(keys.tokens, COLUMNS);
-      float *weights = scratch(2, queries.tokens * stride), *inverses = scratch(3, queries.tokens);
-      multiply(queries.rows(), keys.rows(), queries.tokens, keys.tokens, width, weights, stride, Nothing());
-      for (Index i = 0; i < queries.tokens; ++i) {
-        const Softmax of = softmax(weights + i * stride, keys.tokens, scale);
+      const Head result = head_of(*out, task), keys = head_of(qkv, task, 1), values = head_of(qkv, task, 2);
+      const Index m = keys.tokens, n = result.tokens, stride = rounded_up(m, COLUMNS);
+      const Head queries = head_of(qkv, task).from(m - n);
+      float *weights = scratch(2, n * stride), *inverses = scratch(3, n);
+      multiply(queries.rows(), keys.rows(), n, m, width, weights, stride, Nothing());
+      for (Index i = 0; i < n; ++i) {
+        const Softmax of = softmax(weights + i * stride, m, scale);
         inverses[i] = of.inverse;
-        logsum->typed_data()[task * queries.tokens + i] = of.logsum;
+        logsum->typed_data()[task * n + i] = of.logsum;
       }
-      multiply({weights, stride, 1}, values.columns(), queries.tokens, width, keys.tokens, result.data, result.stride,
+      multiply({weights, stride, 1}, values.columns(), n, width, m, result.data, result.stride,
                [=](Vec value, Index row, Index, Index) { return value * inverses[row]; });
     });
   run(pool, tasks);
   return ffi::Error::Success();
 }
 
-// The gradients of `attention` by q, k and v, from the gradient g[N,Q,H,D] of its result.
-ffi::Error attention_gradient(ffi::ThreadPool pool, Array q, Array k, Array v, Array out, Array logsum, Array g,
-                              Result dq, Result dk, Result dv) {
-  const Index heads = q.dimensions()[2], width = q.dimensions()[3];
+// The gradient of `attention` by qkv, from the gradient g[N,Q,H,D] of its result.
+ffi::Error attention_gradient(ffi::ThreadPool pool, Array qkv, Array out, Array logsum, Array g, Result dqkv) {
+  const Index heads = qkv.dimensions()[3], width = qkv.dimensions()[4];
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Tasks tasks;
-  for (Index task = 0; task < rows_of(q) * heads; ++task)
+  for (Index task = 0; task < rows_of(qkv) * heads; ++task)
     tasks.push_back([&, task] {
-      const Head queries = head_of(q.typed_data(), q, task), keys = head_of(k.typed_data(), k, task);
-      const Head values = head_of(v.typed_data(), v, task), result = head_of(out.typed_data(), q, task);
-      const Head from = head_of(g.typed_data(), q, task), to_q = head_of(dq->typed_data(), q, task);
-      const Head to_k = head_of(dk->typed_data(), k, task), to_v = head_of(dv->typed_data(), v, task);
-      const Index n = queries.tokens, m = keys.tokens, stride = rounded_up(m, COLUMNS);
+      const Head result = head_of(out, task), keys = head_of(qkv, task, 1), values = head_of(qkv, task, 2);
+      const Head from = head_of(g, task), to_q = head_of(*dqkv, task);
+      const Head to_k = head_of(*dqkv, task, 1), to_v = head_of(*dqkv, task, 2);
+      const Index m = keys.tokens, n = result.tokens, first = m - n, stride = rounded_up(m, COLUMNS);
+      const Head queries = head_of(qkv, task).from(first);
       float *weights = scratch(2, n * stride), *dscores = scratch(3, n * stride), *inner = scratch(4, n);
       for (Index i = 0; i < n; ++i) {  // sum over keys of weights * dweights = result . g
         Vec total = {};
@@ -512,9 +518,10 @@ ffi::Error attention_gradient(ffi::ThreadPool pool, Array q, Array k, Array v, A
                [=](Vec value, Index row, Index column, Index) {
                  return load(weights + row * stride + column) * (value - inner[row]) * scale;
                });
-      multiply({dscores, stride, 1}, keys.columns(), n, width, m, to_q.data, to_q.stride, Nothing());
+      multiply({dscores, stride, 1}, keys.columns(), n, width, m, to_q.from(first).data, to_q.stride, Nothing());
       multiply({dscores, 1, stride}, queries.columns(), m, width, n, to_k.data, to_k.stride, Nothing());
       multiply({weights, 1, stride}, from.columns(), m, width, n, to_v.data, to_v.stride, Nothing());
+      for (Index i = 0; i < first; ++i) std::memset(to_q.data + i * to_q.stride, 0, width * sizeof(float));
     });
   run(pool, tasks);
   return ffi::Error::Success();
@@ -610,7 +617,7 @@ FUNCTION(linear_gelu, TAKES TAKES TAKES GIVES GIVES);
 FUNCTION(input_gradient, TAKES TAKES GIVES);
 FUNCTION(gelu_gradient, TAKES TAKES TAKES GIVES GIVES);
 FUNCTION(kernel_gradient, TAKES TAKES GIVES GIVES);
-FUNCTION(attention, TAKES TAKES TAKES GIVES GIVES);
-FUNCTION(attention_gradient, TAKES TAKES TAKES TAKES TAKES TAKES GIVES GIVES GIVES);
+FUNCTION(attention, TAKES GIVES GIVES);
+FUNCTION(attention_gradient, TAKES TAKES TAKES TAKES GIVES);
 FUNCTION(layer_norm, TAKES TAKES TAKES.Attr<float>("epsilon") GIVES GIVES GIVES);
 FUNCTION(layer_norm_gradient, TAKES TAKES TAKES TAKES TAKES GIVES GIVES GIVES);

@@ -38,6 +38,8 @@ FUNCTIONS = (
     "layer_norm_gradient",
 )
 
+M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # <malloc.h>
+
 _wanted = True
 
 
@@ -88,6 +90,17 @@ def or_plain(plain: Callable) -> Callable:
         return call(name, shapes, *args, **attributes)
 
     return chosen
+
+
+def keep_freed_memory() -> None:
+    """Keep what a step frees for the next: glibc gives large blocks back, and the kernel clears them anew every time.
+
+    To be called before JAX starts its threads. Elsewhere than with glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for option, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}.items():
+            mallopt(option, value)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ decides. Products of bfloat16 arrays accumulate in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -27,9 +28,9 @@ EPSILON = 1e-6  # of layer_norm, as in the original code; PyTorch's default is 1
 EXACT = jax.lax.Precision.HIGHEST  # GPUs and TPUs otherwise round float32 factors to TF32 or bfloat16
 
 
-def _contract(a, b, a_axis: int, b_axis: int, batch: tuple[tuple[int, ...], ...] = ((), ()), precision=None):
-    """Sum of products over one axis of each; `batch` axes come first in the result. f32 for any dtype of the inputs."""
-    axes = (((a_axis,), (b_axis,)), batch)
+def _contract(a, b, a_axis: int, b_axis: int, batch: tuple[int, ...] = (), precision=None):
+    """Sum of products over one axis of each; `batch` axes come first in both. f32 for any dtype of the inputs."""
+    axes = (((a_axis,), (b_axis,)), (batch, batch))
     return jax.lax.dot_general(a, b, axes, precision, preferred_element_type=jnp.float32)
 
 
@@ -146,41 +147,48 @@ def _layer_norm_gradient(x, scale, mean, inverse, g):
 layer_norm.defvjp(_layer_norm_forward, lambda saved, g: _layer_norm_gradient(*saved, g))
 
 
-@jax.custom_vjp
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for each head: [N,Q,heads,d], [N,M,heads,d], [N,M,heads,d] -> [N,Q,heads,d].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def attention(qkv, first=0):
+    """softmax(q k^T / sqrt(d)) v for each head, of the queries from token `first` on.
 
-    The softmax is float32 for any dtype.
+    [N,T,3,heads,d] -> [N,T-first,heads,d]. The softmax is float32 for any dtype.
     """
-    return _attention_forward(q, k, v)[0]
+    return _attention_forward(qkv, first)[0]
 
 
-def _attention_forward(q, k, v):
-    if native.serves(q):  # there the softmax is computed again, from its logarithms' sums
-        n, tokens, heads, _ = q.shape
-        out, logsum = native.call("attention", (q.shape, (n, heads, tokens)), q, k, v)
-        return out, (q, k, v, out, logsum)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [N,heads,tokens,d]
-    scores = _contract(q * q.shape[-1] ** -0.5, k, 3, 3, BY_HEAD)  # f32[N,heads,Q,M]
+def _by_head(qkv, first):
+    """q [N,heads,T-first,d], k and v [N,heads,T,d]."""
+    q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+    return q[:, :, first:], k, v
+
+
+def _attention_forward(qkv, first):
+    n, tokens, _, heads, width = qkv.shape
+    if native.serves(qkv):  # there the softmax is computed again, from the logarithms of its sums
+        shapes = (n, tokens - first, heads, width), (n, heads, tokens - first)
+        out, logsum = native.call("attention", shapes, qkv)
+        return out, (qkv, out, logsum)
+    q, k, v = _by_head(qkv, first)
+    scores = _contract(q * width**-0.5, k, 3, 3, (0, 1))  # f32[N,heads,T-first,T]
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = _contract(weights, v, 3, 2, BY_HEAD).astype(q.dtype)
-    return out.swapaxes(1, 2), (q, k, v, weights)
+    return _contract(weights, v, 3, 2, (0, 1)).astype(q.dtype).swapaxes(1, 2), (qkv, weights)
 
 
-def _attention_backward(saved, g):
-    if len(saved) == 5:
-        return native.call("attention_gradient", tuple(x.shape for x in saved[:3]), *saved, g)
-    q, k, v, weights = saved
+def _attention_backward(first, saved, g):
+    if len(saved) == 3:
+        return (native.call("attention_gradient", saved[0].shape, *saved, g),)
+    qkv, weights = saved
+    q, k, v = _by_head(qkv, first)
     g = g.swapaxes(1, 2)
-    dv = _contract(weights, g, 2, 2, BY_HEAD).astype(v.dtype)
-    dweights = _contract(g, v, 3, 3, BY_HEAD)
+    dv = _contract(weights, g, 2, 2, (0, 1)).astype(v.dtype)
+    dweights = _contract(g, v, 3, 3, (0, 1))
     product = weights * dweights
     dscores = (product - weights * product.sum(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
     dscores = dscores.astype(q.dtype)
-    dq = _contract(dscores, k, 3, 2, BY_HEAD).astype(q.dtype)
-    dk = _contract(dscores, q, 2, 2, BY_HEAD).astype(k.dtype)
-    return tuple(x.swapaxes(1, 2) for x in (dq, dk, dv))
+    dq = _contract(dscores, k, 3, 2, (0, 1)).astype(q.dtype)
+    dk = _contract(dscores, q, 2, 2, (0, 1)).astype(k.dtype)
+    dq = jnp.pad(dq, ((0, 0), (0, 0), (first, 0), (0, 0)))
+    return (jnp.moveaxis(jnp.stack([dq, dk, dv]), (0, 2), (2, 3)),)
 
 
-BY_HEAD = ((0, 1), (0, 1))  # the batch axes of [N,heads,...]
 attention.defvjp(_attention_forward, _attention_backward)
