@@ -23,6 +23,8 @@
 
 namespace ffi = xla::ffi;
 
+namespace {
+
 using Index = std::int64_t;
 
 // ---------------------------------------------------------------------------------------------------- vectors
@@ -240,19 +242,21 @@ struct Nothing {
   Vec operator()(Vec value, Index, Index, Index) const { return value; }
 };
 
-// sums[HEIGHT, WIDTH * LANES] = the product of the beginnings of one panel of each factor. A function of its own, lest
-// the compiler run out of registers: all its time goes here.
-template <Index HEIGHT, Index WIDTH>
-__attribute__((noinline)) void multiply_panels(const float* a, const float* b, Index depth, float* sums) {
+// sums[HEIGHT, WIDTH * LANES] = the product of the beginning of a panel b and of HEIGHT rows of a left factor: of a
+// panel of it, or of the factor as it is, whose rows are `stride` apart. A function of its own, lest the compiler run
+// out of registers: all its time goes here.
+template <Index HEIGHT, Index WIDTH, bool PANEL>
+__attribute__((noinline)) void multiply_panels(const float* a, Index stride, const float* b, Index depth, float* sums) {
   Vec sum[HEIGHT][WIDTH] = {};
-  for (; depth > 0; --depth, a += ROWS, b += COLUMNS) {
+#pragma GCC unroll 4
+  for (; depth > 0; --depth, a += PANEL ? ROWS : 1, b += COLUMNS) {
     Vec right[WIDTH];
 #pragma GCC unroll 4
     for (Index v = 0; v < WIDTH; ++v) right[v] = load(b + v * LANES);
 #pragma GCC unroll 16
     for (Index i = 0; i < HEIGHT; ++i)
 #pragma GCC unroll 4
-      for (Index v = 0; v < WIDTH; ++v) sum[i][v] += a[i] * right[v];
+      for (Index v = 0; v < WIDTH; ++v) sum[i][v] += a[i * (PANEL ? 1 : stride)] * right[v];
   }
 #pragma GCC unroll 16
   for (Index i = 0; i < HEIGHT; ++i)
@@ -263,35 +267,48 @@ __attribute__((noinline)) void multiply_panels(const float* a, const float* b, I
 // The smallest of a few sizes that gives `rows` x `columns`.
 inline void multiply_panels(Index rows, Index columns, const float* a, const float* b, Index depth, float* sums) {
   if (columns > COLUMNS / 2) {
-    if (rows > ROWS / 3 * 2) return multiply_panels<ROWS, VECTORS>(a, b, depth, sums);
-    if (rows > ROWS / 3) return multiply_panels<ROWS / 3 * 2, VECTORS>(a, b, depth, sums);
-    return multiply_panels<ROWS / 3, VECTORS>(a, b, depth, sums);
+    if (rows > ROWS / 3 * 2) return multiply_panels<ROWS, VECTORS, true>(a, 0, b, depth, sums);
+    if (rows > ROWS / 3) return multiply_panels<ROWS / 3 * 2, VECTORS, true>(a, 0, b, depth, sums);
+    return multiply_panels<ROWS / 3, VECTORS, true>(a, 0, b, depth, sums);
   }
-  if (rows > ROWS / 3) return multiply_panels<ROWS, VECTORS / 2>(a, b, depth, sums);
-  return multiply_panels<ROWS / 3, VECTORS / 2>(a, b, depth, sums);
+  if (rows > ROWS / 3) return multiply_panels<ROWS, VECTORS / 2, true>(a, 0, b, depth, sums);
+  return multiply_panels<ROWS / 3, VECTORS / 2, true>(a, 0, b, depth, sums);
 }
 
-constexpr Index DEPTH = 256;            // of two panels that fit into the L1 cache
-constexpr Index STRIP = 4 * COLUMNS;  // of the right factor packed at a time
+constexpr Index DEPTH = 256;  // of two panels that fit into the L1 cache
 
-// c[rows, columns] = a b, with `stride` from row to row of c; on this thread, in scratch slots 0 and 1.
+// c[rows, columns] = a b, with `stride` from row to row of c; on this thread, in scratch slots 0 and 1. `totals`, if
+// any, receive the sums of the columns of b.
 template <class Finish>
-void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float* c, Index stride,
-              const Finish& finish) {
+void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float* c, Index stride, const Finish& finish,
+              float* totals = nullptr) {
   float* left = scratch(0, rounded_up(rows, ROWS) * std::min(depth, DEPTH));
-  float* right = scratch(1, STRIP * std::min(depth, DEPTH));
+  float* right = scratch(1, COLUMNS * std::min(depth, DEPTH));
   for (Index k = 0; k < depth; k += DEPTH) {
     const Index some = std::min(DEPTH, depth - k);
     const bool first = k == 0, last = k + some == depth;
-    pack<ROWS>(left, a.at(0, k), rows, some);
+    const Index whole = a.inner == 1 && a.outer % 1024 ? rows / ROWS * ROWS : 0;
+    pack<ROWS>(left + whole * some, a.at(whole, k), rows - whole, some);
     for (Index j = 0; j < columns; j += COLUMNS) {
-      if (j % STRIP == 0) pack<COLUMNS>(right, b.at(j, k), std::min(STRIP, columns - j), some);
+      const Index wide = std::min(COLUMNS, columns - j);
+      pack<COLUMNS>(right, b.at(j, k), wide, some);
+      for (Index v = 0; totals && v * LANES < wide; ++v) {
+        Vec total = {};
+        for (Index row = 0; row < some; ++row) total += load(right + row * COLUMNS + v * LANES);
+        float* out = totals + j + v * LANES;
+        store(out, first ? total : load(out, wide - v * LANES) + total, wide - v * LANES);
+      }
       for (Index i = 0; i < rows; i += ROWS) {
-        const Index high = std::min(ROWS, rows - i), wide = std::min(COLUMNS, columns - j);
+        const Index high = std::min(ROWS, rows - i);
         for (Index row = 0; row < high; ++row)  // fetched while the product is computed
           for (Index v = 0; v < VECTORS; ++v) __builtin_prefetch(c + (i + row) * stride + j + v * LANES, 1);
         alignas(64) float sums[ROWS * COLUMNS];
-        multiply_panels(high, wide, left + i * some, right + j % STRIP * some, some, sums);
+        if (i < whole && wide > COLUMNS / 2)
+          multiply_panels<ROWS, VECTORS, false>(a.at(i, k).data, a.outer, right, some, sums);
+        else if (i < whole)
+          multiply_panels<ROWS, VECTORS / 2, false>(a.at(i, k).data, a.outer, right, some, sums);
+        else
+          multiply_panels(high, wide, left + i * some, right, some, sums);
         auto give = [&](Index row, Index v, Index count) __attribute__((always_inline)) {
           float* out = c + (i + row) * stride + j + v * LANES;
           Vec value = load(sums + row * COLUMNS + v * LANES);
@@ -313,7 +330,7 @@ void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float*
 // Tasks for c[rows, columns] = a b: tiles whose packed factors fit into the L2 cache, as many for each thread.
 template <class Finish = Nothing>
 void add_product(Tasks& tasks, Index threads, Factor a, Factor b, Index rows, Index columns, Index depth, float* c,
-                 Finish finish = {}) {
+                 Finish finish = {}, float* totals = nullptr) {
   Index down = pieces(rows, 256), across = pieces(columns, 768);
   while (down * across < 2 * threads || down * across % threads) {
     if (rows / down < 4 * ROWS && columns / across < 4 * COLUMNS) break;
@@ -326,28 +343,8 @@ void add_product(Tasks& tasks, Index threads, Factor a, Factor b, Index rows, In
         multiply(a.at(i, 0), b.at(j, 0), std::min(high, rows - i), std::min(wide, columns - j), depth,
                  c + i * columns + j, columns, [&](Vec value, Index row, Index column, Index count) {
                    return finish(value, i + row, j + column, count);
-                 });
+                 }, i == 0 && totals ? totals + j : nullptr);
       });
-}
-
-// Tasks for the sums over the rows of x[rows, columns], in blocks of rows lest rounding errors add up.
-void add_column_sums(Tasks& tasks, const float* x, Index rows, Index columns, float* sums) {
-  constexpr Index WIDE = 8;
-  for (Index j = 0; j < columns; j += WIDE * LANES)
-    tasks.push_back([=] {
-      Vec total[WIDE] = {};
-      for (Index i = 0; i < rows;) {
-        Vec part[WIDE] = {};
-        for (const Index end = std::min(rows, i + 128); i < end; ++i)
-#pragma GCC unroll 8
-          for (Index v = 0; v < WIDE; ++v)
-            if (j + v * LANES < columns)
-              part[v] += load(x + i * columns + j + v * LANES, columns - j - v * LANES);
-        for (Index v = 0; v < WIDE; ++v) total[v] += part[v];
-      }
-      for (Index v = 0; v < WIDE; ++v)
-        if (j + v * LANES < columns) store(sums + j + v * LANES, total[v], columns - j - v * LANES);
-    });
 }
 
 using Array = ffi::Buffer<ffi::F32>;
@@ -416,8 +413,7 @@ ffi::Error kernel_gradient(ffi::ThreadPool pool, Array x, Array g, Result dkerne
   const Index m = rows_of(x), inputs = columns_of(x), outputs = columns_of(g);
   Tasks tasks;
   add_product(tasks, pool.num_threads(), {x.typed_data(), 1, inputs}, {g.typed_data(), 1, outputs}, inputs, outputs, m,
-              dkernel->typed_data());
-  add_column_sums(tasks, g.typed_data(), m, outputs, dbias->typed_data());
+              dkernel->typed_data(), Nothing(), dbias->typed_data());
   run(pool, tasks);
   return ffi::Error::Success();
 }
@@ -604,6 +600,8 @@ ffi::Error layer_norm_gradient(ffi::ThreadPool pool, Array x, Array scale, Array
   }
   return ffi::Error::Success();
 }
+
+}  // namespace
 
 // ---------------------------------------------------------------------------------------------- what JAX calls
 
