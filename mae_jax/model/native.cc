@@ -275,7 +275,8 @@ inline void multiply_panels(Index rows, Index columns, const float* a, const flo
   return multiply_panels<ROWS / 3, VECTORS / 2, true>(a, 0, b, depth, sums);
 }
 
-constexpr Index DEPTH = 256;  // of two panels that fit into the L1 cache
+constexpr Index DEPTH = 256;          // of two panels that fit into the L1 cache
+constexpr Index STRIP = 4 * COLUMNS;  // of the right factor, packed at a time
 
 // c[rows, columns] = a b, with `stride` from row to row of c; on this thread, in scratch slots 0 and 1. `totals`, if
 // any, receive the sums of the columns of b.
@@ -283,7 +284,7 @@ template <class Finish>
 void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float* c, Index stride, const Finish& finish,
               float* totals = nullptr) {
   float* left = scratch(0, rounded_up(rows, ROWS) * std::min(depth, DEPTH));
-  float* right = scratch(1, COLUMNS * std::min(depth, DEPTH));
+  float* strip = scratch(1, STRIP * std::min(depth, DEPTH));
   for (Index k = 0; k < depth; k += DEPTH) {
     const Index some = std::min(DEPTH, depth - k);
     const bool first = k == 0, last = k + some == depth;
@@ -291,7 +292,8 @@ void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float*
     pack<ROWS>(left + whole * some, a.at(whole, k), rows - whole, some);
     for (Index j = 0; j < columns; j += COLUMNS) {
       const Index wide = std::min(COLUMNS, columns - j);
-      pack<COLUMNS>(right, b.at(j, k), wide, some);
+      const float* right = strip + j % STRIP * some;
+      if (j % STRIP == 0) pack<COLUMNS>(strip, b.at(j, k), std::min(STRIP, columns - j), some);
       for (Index v = 0; totals && v * LANES < wide; ++v) {
         Vec total = {};
         for (Index row = 0; row < some; ++row) total += load(right + row * COLUMNS + v * LANES);
@@ -331,7 +333,7 @@ void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float*
 template <class Finish = Nothing>
 void add_product(Tasks& tasks, Index threads, Factor a, Factor b, Index rows, Index columns, Index depth, float* c,
                  Finish finish = {}, float* totals = nullptr) {
-  Index down = pieces(rows, 256), across = pieces(columns, 768);
+  Index down = pieces(rows, 512), across = pieces(columns, 768);
   while (down * across < 2 * threads || down * across % threads) {
     if (rows / down < 4 * ROWS && columns / across < 4 * COLUMNS) break;
     (rows / down > columns / across ? down : across) += 1;
