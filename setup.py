@@ -14,7 +14,7 @@ setup(
     # the recipes travel with the package, so that an installed wheel finds configs/pretrain.py too
     packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs"],
     package_dir={"mae_jax.configs": "configs"},
-    package_data={"mae_jax.model": ["native.cc"]},  # compiled where it is used
+    package_data={"mae_jax": ["*/*.cc"]},  # compiled where they are used
     entry_points={"console_scripts": ["mae-jax = mae_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10,<0.11",  # arrays, compilation, devices

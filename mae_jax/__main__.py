@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from mae_jax import user_cache
+from mae_jax import compiled
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import JOBS
 
@@ -84,7 +84,7 @@ def _keep_what_is_compiled() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder("compiled")))
+        jax.config.update("jax_compilation_cache_dir", str(compiled.folder("compiled")))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

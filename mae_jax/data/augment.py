@@ -6,13 +6,17 @@ image, whatever was computed before it and on whichever host.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from etils import epy
 from PIL import Image
+
+from mae_jax import compiled
 
 with epy.lazy_imports():
     import tensorflow as tf
@@ -49,10 +53,33 @@ def _decode_with_pillow(data: np.ndarray) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def resize(image, size: Sequence[int]):
-    """Antialiased bicubic, as PIL and torchvision have it: uint8[h,w,C] to uint8[H,W,C]."""
-    image = tf.image.resize(image, size, method="bicubic", antialias=True)
-    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+def resize(image, size: Sequence[int], mirrored=False):
+    """Antialiased bicubic: uint8[h,w,C] to uint8[H,W,C], left to right or `mirrored`; pixels as Pillow's.
+
+    As those of Pillow up to version 12, that is, and those that any version gives along one axis after the other;
+    Pillow 13 begins with the columns of some images, and so rounds differently.
+    """
+    operations = _operations()
+    if operations:
+        out = operations.mae_resize(image=image, size=size, mirrored=mirrored)
+    else:
+        out = tf.numpy_function(_resize_with_pillow, [image, size, mirrored], tf.uint8, stateful=False)
+    return tf.ensure_shape(out, (*([None, None] if tf.is_tensor(size) else size), image.shape[-1]))
+
+
+@functools.cache
+def _operations():
+    """TensorFlow's functions from resize.cc; None where it cannot be compiled."""
+    options = tf.sysconfig.get_compile_flags() + tf.sysconfig.get_link_flags()
+    path = compiled.library(Path(__file__).with_name("resize.cc"), *options)
+    return path and tf.load_op_library(str(path))
+
+
+def _resize_with_pillow(image: np.ndarray, size: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    (height, _, channels), (high, wide) = image.shape, size.tolist()
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    picture = picture.resize((wide, height), Image.BICUBIC).resize((wide, high), Image.BICUBIC)
+    return np.asarray(picture).reshape(high, wide, channels)[:, :: -1 if mirrored else 1]
 
 
 def _resize_short_side(image, size: Sequence[int], margin: float):
@@ -138,18 +165,18 @@ def augment_file(data, channels: int, seed, *, size, name: str, scale, ratio, fl
     # a JPEG without its end is cut short, which a crop from its beginning would not notice
     start, end = tf.strings.substr(data, 0, 3), tf.strings.substr(data, -2, 2)
     whole_jpeg = (tf.strings.length(data) > 4) & (start == b"\xff\xd8\xff") & (end == b"\xff\xd9")
-    image = resize(tf.ensure_shape(tf.cond(whole_jpeg, crop_of_jpeg, crop_of_image), (None, None, 3)), size)
-    return flipped(image, seed) if flip else image
+    image = tf.ensure_shape(tf.cond(whole_jpeg, crop_of_jpeg, crop_of_image), (None, None, 3))
+    return resize(image, size, mirrored=flip and is_mirrored(seed))
 
 
-def flipped(image, seed):
-    """Every other image mirrored left to right."""
-    return tf.image.stateless_random_flip_left_right(image, seed=seed + 1)
+def is_mirrored(seed):
+    """Whether an image is to be flipped left to right: every other."""
+    return tf.random.stateless_uniform((), seed=seed + 1) < 0.5
 
 
 def augment(image, seed, *, size, name: str, scale: Sequence[float], ratio: Sequence[float], flip: bool):
     """The image as training sees it: uint8[h,w,C] to uint8[H,W,C], `size` = (H, W), `name` a row of `AUGMENTATIONS`."""
     image = AUGMENTATIONS[name](image, size, seed, scale, ratio)
     if flip:
-        image = flipped(image, seed)
+        image = tf.cond(is_mirrored(seed), lambda: tf.reverse(image, [1]), lambda: image)
     return tf.ensure_shape(image, (*size, image.shape[-1]))

@@ -1,8 +1,6 @@
 """The operations of ops.py in C++ (native.cc), for float32 on one CPU, where XLA reaches half the speed of PyTorch.
 
-Nothing needs to be installed: the C++ compiler of the machine (`$CXX` or `c++`: GCC 12, clang 13 or newer) is called
-once, which takes ten seconds, and what it makes is kept in the user's cache folder. Without a compiler, on GPUs and
-TPUs, on several devices and for other dtypes, the formulas in ops.py are what runs.
+On GPUs and TPUs, on several devices, for other dtypes and without a C++ compiler, the formulas in ops.py are what runs.
 """
 
 from __future__ import annotations
@@ -10,11 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,10 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax import user_cache
+from mae_jax import compiled
 
-SOURCE = Path(__file__).with_suffix(".cc")
-FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -shared -DNDEBUG -w"
 FUNCTIONS = (
     "linear",
     "linear_gelu",
@@ -37,7 +28,6 @@ FUNCTIONS = (
     "layer_norm",
     "layer_norm_gradient",
 )
-
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # <malloc.h>
 
 _wanted = True
@@ -60,7 +50,7 @@ def serves(x: jax.Array) -> bool:
         _wanted
         and x.dtype == jnp.float32
         and jax.default_backend() == "cpu"
-        and jax.device_count() == 1  # XLA would gather the shards of the arguments on every device
+        and jax.device_count() == 1  # on several, XLA would gather all shards of the arguments on each
         and _registered()
     )
 
@@ -105,28 +95,11 @@ def keep_freed_memory() -> None:
 
 @functools.cache
 def _registered() -> bool:
-    """Make native.cc known to JAX; compile it unless that has been done on this machine. False if it cannot be."""
-    compiler = os.environ.get("CXX", "c++").split()
-    flags = [*FLAGS.split(), "-isystem", jax.ffi.include_dir()]
-    try:
-        # what the compiler knows of itself and of this processor
-        about = subprocess.run(
-            [*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
-        ).stdout
-        digest = hashlib.sha256((about + " ".join(flags)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-        library = user_cache.folder("native") / f"{digest}.so"
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                made = Path(folder) / library.name
-                subprocess.run([*compiler, *flags, str(SOURCE), "-o", made], capture_output=True, text=True, check=True)
-                made.replace(library)  # at once, so that nobody ever finds half of it
-        functions = ctypes.CDLL(library)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        logging.info("native.cc is not used, which makes training on a CPU slower: %s", reason[0] if reason else error)
+    """Make native.cc known to JAX; False if it cannot be."""
+    path = compiled.library(Path(__file__).with_suffix(".cc"), f"-isystem{jax.ffi.include_dir()}")
+    if path is None:
         return False
+    library = ctypes.CDLL(str(path))
     for name in FUNCTIONS:
-        function = jax.ffi.pycapsule(getattr(functions, f"mae_{name}"))
-        jax.ffi.register_ffi_target(f"mae_{name}", function, platform="cpu")
+        jax.ffi.register_ffi_target(f"mae_{name}", jax.ffi.pycapsule(getattr(library, f"mae_{name}")), platform="cpu")
     return True

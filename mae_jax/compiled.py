@@ -1,0 +1,51 @@
+"""What is compiled once for this machine and kept: XLA's programs, and the C++ of this package.
+
+The C++ needs nothing installed but the compiler of the machine (`$CXX` or `c++`; GCC 12, clang 13 or newer), which is
+called when something is first used. Without one, the same is computed by slower means.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -shared -DNDEBUG -w"
+
+
+def folder(name: str) -> Path:
+    """`$XDG_CACHE_HOME/mae_jax/<name>`, or `~/.cache/mae_jax/<name>`. Anything in it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mae_jax" / name
+
+
+@functools.cache
+def library(source: Path, *options: str) -> Path | None:
+    """The shared library of one C++ file; None where it cannot be compiled.
+
+    Args:
+      options: for the compiler, such as folders of headers.
+    """
+    compiler = os.environ.get("CXX", "c++").split()
+    flags = [*FLAGS.split(), *options]
+
+    def compile(*arguments) -> str:
+        return subprocess.run([*compiler, *flags, *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        about = compile("-dM", "-E", "-x", "c++", os.devnull)  # what the compiler knows of itself and the processor
+        digest = hashlib.sha256((about + " ".join(flags)).encode() + source.read_bytes()).hexdigest()[:16]
+        kept = folder("native") / f"{source.stem}-{digest}.so"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+                compile(str(source), "-o", f"{made}/{kept.name}")
+                os.replace(f"{made}/{kept.name}", kept)  # at once, so that nobody ever finds half of it
+        return kept
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
+        logging.warning("%s is not used, which is slower: %s", source.name, *reason or ["the compiler failed"])
+        return None
