@@ -14,7 +14,7 @@ from mae_jax.model import ops
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias over the last axis; xavier-uniform kernel, zero bias."""
+    """x @ kernel + bias over the last axis, or only some `columns` of it; xavier-uniform kernel, zero bias."""
 
     features: int
     dtype: str = "float32"
@@ -27,9 +27,10 @@ class Dense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+        kernel, bias = self.weights(x.shape[-1])
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        return ops.linear(rows, *self.weights(x.shape[-1])).reshape(*x.shape[:-1], self.features)
+        return ops.linear(rows, kernel[:, columns], bias[columns]).reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.Module):
@@ -58,8 +59,10 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
         n, tokens, width = x.shape
 
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x).reshape(n, tokens, 3, self.heads, -1)
-        x = ops.attention(qkv, first).reshape(n, tokens - first, width)
+        qkv = Dense(3 * width, self.dtype, name="qkv")
+        q = qkv(x[:, first:], slice(width)).reshape(n, tokens - first, self.heads, -1)
+        kv = qkv(x, slice(width, None)).reshape(n, tokens, 2, self.heads, -1)
+        x = ops.attention(q, kv).reshape(n, tokens - first, width)
         return Dense(width, self.dtype, name="out")(x)
 
 

@@ -429,14 +429,13 @@ struct Head {
 
   Factor rows() const { return {data, stride, 1}; }
   Factor columns() const { return {data, 1, stride}; }
-  Head from(Index first) const { return {data + first * stride, tokens - first, stride}; }
 };
 
-// Number `task` of the heads of x[N,T,H,D], or of the queries, keys or values in x[N,T,3,H,D] (`part` 0, 1 or 2).
+// Number `task` of the heads of x[N,T,H,D], or of the keys (`part` 0) or values (1) in x[N,T,2,H,D].
 Head head_of(const Array& x, Index task, Index part = 0) {
   const auto shape = x.dimensions();
   const Index tokens = shape[1], width = shape.back(), heads = shape[shape.size() - 2];
-  const Index all = heads * width, stride = shape.size() == 5 ? 3 * all : all;
+  const Index all = heads * width, stride = shape.size() == 5 ? 2 * all : all;
   return {x.typed_data() + task / heads * tokens * stride + part * all + task % heads * width, tokens, stride};
 }
 
@@ -463,17 +462,17 @@ inline Softmax softmax(float* scores, Index count, float scale) {
   return {1.0f / all, top + std::log(all)};
 }
 
-// out[N,Q,H,D] = softmax(q k^T / sqrt(D)) v for the last Q tokens of qkv[N,T,3,H,D], and the logarithms of the sums of
-// the softmax, [N,H,Q]
-ffi::Error attention(ffi::ThreadPool pool, Array qkv, Result out, Result logsum) {
-  const Index heads = qkv.dimensions()[3], width = qkv.dimensions()[4];
+// out[N,Q,H,D] = softmax(q k^T / sqrt(D)) v for q[N,Q,H,D] and the keys and values kv[N,T,2,H,D], and the logarithms of
+// the sums of the softmax, [N,H,Q]
+ffi::Error attention(ffi::ThreadPool pool, Array q, Array kv, Result out, Result logsum) {
+  const Index heads = q.dimensions()[2], width = q.dimensions()[3];
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Tasks tasks;
-  for (Index task = 0; task < rows_of(qkv) * heads; ++task)
+  for (Index task = 0; task < rows_of(q) * heads; ++task)
     tasks.push_back([&, task] {
-      const Head result = head_of(*out, task), keys = head_of(qkv, task, 1), values = head_of(qkv, task, 2);
-      const Index m = keys.tokens, n = result.tokens, stride = rounded_up(m, COLUMNS);
-      const Head queries = head_of(qkv, task).from(m - n);
+      const Head queries = head_of(q, task), keys = head_of(kv, task, 0), values = head_of(kv, task, 1);
+      const Head result = head_of(*out, task);
+      const Index m = keys.tokens, n = queries.tokens, stride = rounded_up(m, COLUMNS);
       float *weights = scratch(2, n * stride), *inverses = scratch(3, n);
       multiply(queries.rows(), keys.rows(), n, m, width, weights, stride, Nothing());
       for (Index i = 0; i < n; ++i) {
@@ -488,18 +487,18 @@ ffi::Error attention(ffi::ThreadPool pool, Array qkv, Result out, Result logsum)
   return ffi::Error::Success();
 }
 
-// The gradient of `attention` by qkv, from the gradient g[N,Q,H,D] of its result.
-ffi::Error attention_gradient(ffi::ThreadPool pool, Array qkv, Array out, Array logsum, Array g, Result dqkv) {
-  const Index heads = qkv.dimensions()[3], width = qkv.dimensions()[4];
+// The gradients of `attention` by q and kv, from the gradient g[N,Q,H,D] of its result.
+ffi::Error attention_gradient(ffi::ThreadPool pool, Array q, Array kv, Array out, Array logsum, Array g, Result dq,
+                              Result dkv) {
+  const Index heads = q.dimensions()[2], width = q.dimensions()[3];
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   Tasks tasks;
-  for (Index task = 0; task < rows_of(qkv) * heads; ++task)
+  for (Index task = 0; task < rows_of(q) * heads; ++task)
     tasks.push_back([&, task] {
-      const Head result = head_of(out, task), keys = head_of(qkv, task, 1), values = head_of(qkv, task, 2);
-      const Head from = head_of(g, task), to_q = head_of(*dqkv, task);
-      const Head to_k = head_of(*dqkv, task, 1), to_v = head_of(*dqkv, task, 2);
-      const Index m = keys.tokens, n = result.tokens, first = m - n, stride = rounded_up(m, COLUMNS);
-      const Head queries = head_of(qkv, task).from(first);
+      const Head queries = head_of(q, task), keys = head_of(kv, task, 0), values = head_of(kv, task, 1);
+      const Head result = head_of(out, task), from = head_of(g, task);
+      const Head to_q = head_of(*dq, task), to_k = head_of(*dkv, task, 0), to_v = head_of(*dkv, task, 1);
+      const Index m = keys.tokens, n = queries.tokens, stride = rounded_up(m, COLUMNS);
       float *weights = scratch(2, n * stride), *dscores = scratch(3, n * stride), *inner = scratch(4, n);
       for (Index i = 0; i < n; ++i) {  // sum over keys of weights * dweights = result . g
         Vec total = {};
@@ -516,10 +515,9 @@ ffi::Error attention_gradient(ffi::ThreadPool pool, Array qkv, Array out, Array 
                [=](Vec value, Index row, Index column, Index) {
                  return load(weights + row * stride + column) * (value - inner[row]) * scale;
                });
-      multiply({dscores, stride, 1}, keys.columns(), n, width, m, to_q.from(first).data, to_q.stride, Nothing());
+      multiply({dscores, stride, 1}, keys.columns(), n, width, m, to_q.data, to_q.stride, Nothing());
       multiply({dscores, 1, stride}, queries.columns(), m, width, n, to_k.data, to_k.stride, Nothing());
       multiply({weights, 1, stride}, from.columns(), m, width, n, to_v.data, to_v.stride, Nothing());
-      for (Index i = 0; i < first; ++i) std::memset(to_q.data + i * to_q.stride, 0, width * sizeof(float));
     });
   run(pool, tasks);
   return ffi::Error::Success();
@@ -617,7 +615,7 @@ FUNCTION(linear_gelu, TAKES TAKES TAKES GIVES GIVES);
 FUNCTION(input_gradient, TAKES TAKES GIVES);
 FUNCTION(gelu_gradient, TAKES TAKES TAKES GIVES GIVES);
 FUNCTION(kernel_gradient, TAKES TAKES GIVES GIVES);
-FUNCTION(attention, TAKES GIVES GIVES);
-FUNCTION(attention_gradient, TAKES TAKES TAKES TAKES GIVES);
+FUNCTION(attention, TAKES TAKES GIVES GIVES);
+FUNCTION(attention_gradient, TAKES TAKES TAKES TAKES TAKES GIVES GIVES);
 FUNCTION(layer_norm, TAKES TAKES TAKES.Attr<float>("epsilon") GIVES GIVES GIVES);
 FUNCTION(layer_norm_gradient, TAKES TAKES TAKES TAKES TAKES GIVES GIVES GIVES);

@@ -14,7 +14,6 @@ decides. Products of bfloat16 arrays accumulate in float32.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -147,38 +146,31 @@ def _layer_norm_gradient(x, scale, mean, inverse, g):
 layer_norm.defvjp(_layer_norm_forward, lambda saved, g: _layer_norm_gradient(*saved, g))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def attention(qkv, first=0):
-    """softmax(q k^T / sqrt(d)) v for each head, of the queries from token `first` on.
+@jax.custom_vjp
+def attention(q, kv):
+    """softmax(q k^T / sqrt(d)) v for each head: queries [N,Q,heads,d], keys and values [N,T,2,heads,d] -> [N,Q,heads,d].
 
-    [N,T,3,heads,d] -> [N,T-first,heads,d]. The softmax is float32 for any dtype.
+    The softmax is float32 for any dtype.
     """
-    return _attention_forward(qkv, first)[0]
+    return _attention_forward(q, kv)[0]
 
 
-def _by_head(qkv, first):
-    """q [N,heads,T-first,d], k and v [N,heads,T,d]."""
-    q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
-    return q[:, :, first:], k, v
-
-
-def _attention_forward(qkv, first):
-    n, tokens, _, heads, width = qkv.shape
-    if native.serves(qkv):  # there the softmax is computed again, from the logarithms of its sums
-        shapes = (n, tokens - first, heads, width), (n, heads, tokens - first)
-        out, logsum = native.call("attention", shapes, qkv)
-        return out, (qkv, out, logsum)
-    q, k, v = _by_head(qkv, first)
-    scores = _contract(q * width**-0.5, k, 3, 3, (0, 1))  # f32[N,heads,T-first,T]
+def _attention_forward(q, kv):
+    if native.serves(q):  # there the softmax is computed again, from the logarithms of its sums
+        n, tokens, heads, _ = q.shape
+        out, logsum = native.call("attention", (q.shape, (n, heads, tokens)), q, kv)
+        return out, (q, kv, out, logsum)
+    q, (k, v) = q.swapaxes(1, 2), kv.transpose(2, 0, 3, 1, 4)  # [N,heads,Q,d], twice [N,heads,T,d]
+    scores = _contract(q * q.shape[-1] ** -0.5, k, 3, 3, (0, 1))  # f32[N,heads,Q,T]
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return _contract(weights, v, 3, 2, (0, 1)).astype(q.dtype).swapaxes(1, 2), (qkv, weights)
+    return _contract(weights, v, 3, 2, (0, 1)).astype(q.dtype).swapaxes(1, 2), (q, k, v, weights)
 
 
-def _attention_backward(first, saved, g):
-    if len(saved) == 3:
-        return (native.call("attention_gradient", saved[0].shape, *saved, g),)
-    qkv, weights = saved
-    q, k, v = _by_head(qkv, first)
+def _attention_backward(saved, g):
+    if native.serves(g):
+        q, kv, *_ = saved
+        return native.call("attention_gradient", (q.shape, kv.shape), *saved, g)
+    q, k, v, weights = saved
     g = g.swapaxes(1, 2)
     dv = _contract(weights, g, 2, 2, (0, 1)).astype(v.dtype)
     dweights = _contract(g, v, 3, 3, (0, 1))
@@ -187,8 +179,7 @@ def _attention_backward(first, saved, g):
     dscores = dscores.astype(q.dtype)
     dq = _contract(dscores, k, 3, 2, (0, 1)).astype(q.dtype)
     dk = _contract(dscores, q, 2, 2, (0, 1)).astype(k.dtype)
-    dq = jnp.pad(dq, ((0, 0), (0, 0), (first, 0), (0, 0)))
-    return (jnp.moveaxis(jnp.stack([dq, dk, dv]), (0, 2), (2, 3)),)
+    return dq.swapaxes(1, 2), jnp.stack([dk, dv]).transpose(1, 3, 0, 2, 4)
 
 
 attention.defvjp(_attention_forward, _attention_backward)

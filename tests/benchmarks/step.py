@@ -1,12 +1,12 @@
-"""The pre-training step against its peers, interleaved in one process: forward, backward and AdamW, float32.
+"""The pre-training step against its peers, in turns: forward, backward and AdamW, float32.
 
     pip install -e ".[parity]"
-    python tests/benchmarks/step.py [--setups B,Ti,32px] [--peers ours,plain,hf,hf_compiled] [--rounds 7]
+    python tests/benchmarks/step.py [--setups B,Ti,32px] [--peers hf,hf_compiled,plain,ours] [--rounds 7]
 
-One table: images/s (median over rounds), the ratio to Hugging Face eager in the same round (median), GFLOP/s of
-the work that is needed (`model/flops.py`) and its share of the matrix-product ceiling measured in the same run, XLA's
-temporary memory, and, of a process that does nothing else, its peak memory and the time from its start to the end of
-its first step. Run it on a quiet machine.
+Each peer has a process of its own, as its users run it, and only one computes at a time. One table: images/s (median
+over rounds), the ratio to the first peer in the same round (median), GFLOP/s of the work that is needed
+(`model/flops.py`) and its share of the matrix-product ceiling measured between the rounds, XLA's temporary memory,
+and of each process its peak memory and the time from its start to the end of its first step. Run it on a quiet machine.
 """
 
 import argparse
@@ -16,8 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-from mae_jax.model import native
 
 BEGAN = time.perf_counter()
 SETUPS = {  # recipe, overrides
@@ -149,33 +147,59 @@ def seconds_of(run, n):
     return (time.perf_counter() - began) / n
 
 
-def ceiling():
-    """GFLOP/s of a float32 matrix product, the better of XLA and PyTorch."""
-    import jax
-    import jax.numpy as jnp
+def ceiling(config):
+    """A peer of another kind: one step is a float32 matrix product of PyTorch."""
+    import torch
 
-    side = 2048
-    x = jnp.ones((side, side))
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    best = min(seconds_of(lambda n: product(x, x).block_until_ready(), 1) for _ in range(7))
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        y = torch.ones(side, side)
-        best = min(best, *(seconds_of(lambda n: torch.mm(y, y), 1) for _ in range(7)))
-    return 2 * side**3 / best / 1e9
+    x = torch.ones(2048, 2048)
+
+    def run(n):
+        for _ in range(n):
+            torch.mm(x, x)
+
+    return run, None
 
 
-def alone(setup, name):
-    """What one peer needs in a process of its own: seconds to the end of the first step, and peak bytes."""
-    run, _ = PEERS[name](load(setup))
+PEERS |= {"ceiling": ceiling}
+
+
+def work(setup, name):
+    """The process of one peer: answers each number of steps that it reads with the seconds they took."""
+    if name == "ours":
+        from mae_jax.model import native
+
+        native.keep_freed_memory()  # as the command line does
+    run, temporary = PEERS[name](load(setup))
     run(1)
     first = time.perf_counter() - BEGAN
     run(2)
-    print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"first": first, "peak": peak, "temporary": temporary}), flush=True)
+    for line in sys.stdin:
+        print(seconds_of(run, int(line)), flush=True)
 
 
-def compare(setup, names, rounds, seconds, processes):
+class Peer:
+    """A process that runs `work`."""
+
+    def __init__(self, setup, name):
+        command = [sys.executable, __file__, "--work", setup, name]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.about = json.loads(self.process.stdout.readline())
+
+    def seconds(self, steps):
+        """Of one step, over so many."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(setup, names, rounds, seconds):
     import numpy as np
 
     from mae_jax.jobs import models
@@ -185,35 +209,25 @@ def compare(setup, names, rounds, seconds, processes):
     model, _ = models.build(config)
     flops = training_flops(model, config.data.image_size, config.data.channels, config.mask.ratio)
     batch = config.data.batch_size
-    runs, memory, steps = {}, {}, {}
-    for name in names:
-        runs[name], memory[name] = PEERS[name](config)
-        runs[name](2)
-        steps[name] = max(1, round(seconds / seconds_of(runs[name], 1)))
-    times = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            times[name].append(seconds_of(runs[name], steps[name]))
-    top = ceiling()
-    reference = np.array(times[names[0]])
+    peers = {name: Peer(setup, name) for name in [*names, "ceiling"]}
+    steps = {name: max(1, round(seconds / peer.seconds(1))) for name, peer in peers.items()}
+    rows = [{name: peer.seconds(steps[name]) for name, peer in peers.items()} for _ in range(rounds)]
+    times = {name: np.array([row[name] for row in rows]) for name in peers}
+    for peer in peers.values():
+        peer.close()
+    top = 2 * 2048**3 / np.median(times["ceiling"]) / 1e9
     print(f"\n{setup}: batch {batch}, {flops / 1e9:.2f} GFLOP an image, ceiling {top:.0f} GFLOP/s")
     head = ("peer", "images/s", f"of {names[0]}", "(range)", "GFLOP/s", "of ceiling", "temporary", "peak", "first step")
     print("{:12} {:>9} {:>9} {:>12} {:>8} {:>10} {:>10} {:>9} {:>10}".format(*head))
     for name in names:
-        took = np.array(times[name])
-        rate, ratio = batch / np.median(took), reference / took
+        about = peers[name].about
+        rate, ratio = batch / np.median(times[name]), times[names[0]] / times[name]
         gflops = rate * flops / 1e9
-        temporary = f"{memory[name] / 1e6:.0f} MB" if memory[name] else "-"
-        first = peak = "-"
-        if processes:
-            command = [sys.executable, __file__, "--alone", setup, name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            first, peak = json.loads(done.stdout.splitlines()[-1])
-            first, peak = f"{first:.1f} s", f"{peak / 1e6:.0f} MB"
+        temporary = f"{about['temporary'] / 1e6:.0f} MB" if about["temporary"] else "-"
         spread = f"{ratio.min():.2f}-{ratio.max():.2f}"
         print(
             f"{name:12} {rate:9.2f} {np.median(ratio):9.2f} {spread:>12} {gflops:8.0f} {gflops / top:10.0%} "
-            f"{temporary:>10} {peak:>9} {first:>10}",
+            f"{temporary:>10} {about['peak'] / 1e6:6.0f} MB {about['first']:8.1f} s",
             flush=True,
         )
 
@@ -221,17 +235,17 @@ def compare(setup, names, rounds, seconds, processes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setups", default=",".join(SETUPS))
-    parser.add_argument("--peers", default=",".join(PEERS), help="the first is what the others are compared with")
+    parser.add_argument(
+        "--peers", default="hf,hf_compiled,plain,ours", help="the first is what others are compared with"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each peer in each round")
-    parser.add_argument("--no-processes", action="store_true", help="skip peak memory and time to the first step")
-    parser.add_argument("--alone", nargs=2, metavar=("SETUP", "PEER"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, metavar=("SETUP", "PEER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    native.keep_freed_memory()  # as the command line does; PyTorch here has its advantages too
-    if given.alone:
-        return alone(*given.alone)
+    if given.work:
+        return work(*given.work)
     for setup in given.setups.split(","):
-        compare(setup, given.peers.split(","), given.rounds, given.seconds, not given.no_processes)
+        compare(setup, given.peers.split(","), given.rounds, given.seconds)
 
 
 if __name__ == "__main__":
