@@ -195,11 +195,9 @@ class Dataset:
         batches = (
             tf.data.Dataset.range(steps.start, steps.stop)
             .map(read_step, num_parallel_calls=2)
-            .unbatch()
-            .batch(CHUNK)
+            .rebatch(CHUNK)
             .interleave(attempt, cycle_length=16, block_length=1, num_parallel_calls=tf.data.AUTOTUNE)
-            .unbatch()
-            .batch(len(places(steps.start)), drop_remainder=True)
+            .rebatch(len(places(steps.start)), drop_remainder=True)
             .prefetch(2)
         )
         options = tf.data.Options()

@@ -60,17 +60,20 @@ struct Taps {
 template <int COUNT>
 inline void weigh(const std::uint8_t* in, int distance, const float* upper, const float* lower, int used,
                   std::uint8_t* out, int count = COUNT) {
-  float high[COUNT] = {}, low[COUNT] = {};
-  for (int k = 0; k < used; ++k, in += distance)
-    for (int x = 0; x < count; ++x) {
-      const float pixel = in[x];
-      high[x] += pixel * upper[k];
-      low[x] += pixel * lower[k];
-    }
-  for (int x = 0; x < count; ++x) {
-    const int sum = static_cast<int>(high[x]) * (1 << HALF) + static_cast<int>(low[x]) + (1 << (PLACES - 1));
-    out[x] = std::clamp(sum >> PLACES, 0, 255);
+  constexpr int EXACT = 32;  // products of 8 and 11 binary places, of which a float holds the sum of so many
+  int sums[COUNT];
+  for (int& sum : sums) sum = 1 << (PLACES - 1);
+  for (int begin = 0; begin < used; begin += EXACT) {
+    float high[COUNT] = {}, low[COUNT] = {};
+    for (int k = begin; k < std::min(used, begin + EXACT); ++k, in += distance)
+      for (int x = 0; x < count; ++x) {
+        const float pixel = in[x];
+        high[x] += pixel * upper[k];
+        low[x] += pixel * lower[k];
+      }
+    for (int x = 0; x < count; ++x) sums[x] += static_cast<int>(high[x]) * (1 << HALF) + static_cast<int>(low[x]);
   }
+  for (int x = 0; x < count; ++x) out[x] = std::clamp(sums[x] >> PLACES, 0, 255);
 }
 
 // Resize in[from * channels][row] to out[to * channels][row]: pixels lie along the columns, `channels` rows each.

@@ -452,14 +452,14 @@ inline Softmax softmax(float* scores, Index count, float scale) {
     const Vec x = load(scores + j);
     most = x > most ? x : most;
   }
-  const float top = largest(most) * scale;
+  const float top = largest(most);
   for (Index j = 0; j < whole; j += LANES) {
-    const Vec e = exp_of_negative(load(scores + j) * scale - top);
+    const Vec e = exp_of_negative((load(scores + j) - top) * scale);
     store(scores + j, e);
     total += e;
   }
   const float all = sum(total);
-  return {1.0f / all, top + std::log(all)};
+  return {1.0f / all, top * scale + std::log(all)};
 }
 
 // out[N,Q,H,D] = softmax(q k^T / sqrt(D)) v for q[N,Q,H,D] and the keys and values kv[N,T,2,H,D], and the logarithms of

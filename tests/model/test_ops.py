@@ -1,11 +1,15 @@
-"""The backward passes written by hand equal those of autodiff on the plain formulas."""
+"""The operations equal autodiff on the plain formulas: values and backward passes, written in JAX and in native.cc."""
+
+import functools
+import operator
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.model import ops
+from mae_jax.model import native, ops
 
 
 def plain_linear(x, kernel, bias):
@@ -22,15 +26,25 @@ def plain_layer_norm(x, scale, bias):
     return centred / jnp.sqrt(variance + 1e-6) * scale[None] + bias[None]
 
 
-def plain_attention(q, k, v):
-    return jax.nn.softmax(q @ k.swapaxes(2, 3) / jnp.sqrt(jnp.float32(q.shape[-1])), axis=-1) @ v
+def plain_attention(q, kv):
+    q, (k, v) = q.swapaxes(1, 2), jnp.moveaxis(kv, (2, 3), (0, 2))
+    weights = jax.nn.softmax(q @ k.swapaxes(2, 3) / jnp.sqrt(jnp.float32(q.shape[-1])), axis=-1)
+    return (weights @ v).swapaxes(1, 2)
 
 
 CASES = {
     "linear": (ops.linear, plain_linear, ((24, 12), (12, 20), (20,))),
     "mlp": (ops.mlp, plain_mlp, ((24, 12), (12, 48), (48,), (48, 20), (20,))),
     "layer_norm": (ops.layer_norm, plain_layer_norm, ((24, 12), (12,), (12,))),
-    "attention": (ops.attention, plain_attention, ((8, 2, 4, 8), (8, 2, 6, 8), (8, 2, 6, 8))),
+    "attention": (ops.attention, plain_attention, ((8, 6, 2, 8), (8, 6, 2, 2, 8))),
+    "attention of few queries": (ops.attention, plain_attention, ((8, 4, 2, 8), (8, 6, 2, 2, 8))),
+}
+CALLS = {  # of functions in native.cc, for values and gradients
+    "linear": {"linear", "input_gradient", "kernel_gradient"},
+    "mlp": {"linear_gelu", "linear", "gelu_gradient", "input_gradient", "kernel_gradient"},
+    "layer_norm": {"layer_norm", "layer_norm_gradient"},
+    "attention": {"attention", "attention_gradient"},
+    "attention of few queries": {"attention", "attention_gradient"},
 }
 
 
@@ -39,24 +53,54 @@ def draw(shapes, dtype=jnp.float32, batch=()):
     return [jnp.asarray(2 * rng.normal(size=(*batch, *shape)), dtype) for shape in shapes]
 
 
-def scalar(f):
-    """A loss whose cotangents differ from place to place."""
+def with_gradients(f):
+    """The values, and the gradients for cotangents that differ from place to place."""
 
-    def loss(*args):
-        out = f(*args).astype(jnp.float32)
-        return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+    def both(*args):
+        out, pull = jax.vjp(f, *args)
+        return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype))
 
-    return loss
+    return both
 
 
-def gradients(f, args):
-    return jax.grad(scalar(f), argnums=tuple(range(len(args))))(*args)
+@functools.cache
+def autodiff(case):
+    return jax.jit(with_gradients(CASES[case][1]))
+
+
+def operation(case):
+    """A new function, lest JAX find it traced already, in JAX instead of C++ or the other way round."""
+    return lambda *args: CASES[case][0](*args)
+
+
+@pytest.fixture(params=["jax", "native"])
+def calls(request, monkeypatch):
+    """By case, the functions of native.cc that it must call: none, or those in `CALLS`, as if there were one device."""
+    if request.param == "jax":
+        return {case: set() for case in CASES}
+    monkeypatch.setattr(native.jax, "device_count", lambda: 1)
+    if not native._registered():
+        pytest.skip("no C++ compiler")
+    return CALLS
+
+
+def run(f, args, calls):
+    """f(*args), compiled, after a look at what of native.cc it calls."""
+    lowered = jax.jit(f).lower(*args)
+    assert set(re.findall(r"@mae_(\w+)", lowered.as_text())) == calls
+    return lowered.compile()(*args)
 
 
 def assert_close(ours, theirs, tolerance):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+def assert_equal_autodiff(values, gradients, case, args):
+    their_values, their_gradients = autodiff(case)(*args)
+    assert_close(values, their_values, 1e-6)
+    assert_close(gradients, their_gradients, 1e-5)
 
 
 TRANSFORMATIONS = {
@@ -69,33 +113,41 @@ TRANSFORMATIONS = {
 
 def test_every_operation_with_its_own_backward_pass_is_a_case():
     own = {name for name, f in vars(ops).items() if isinstance(f, jax.custom_vjp)}
-    assert own == set(CASES)
+    assert own == {case.split()[0] for case in CASES}
+
+
+def test_every_function_in_cpp_is_called():
+    assert set().union(*CALLS.values()) == set(native.FUNCTIONS)
 
 
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_equal_autodiff(case, transformation):
-    ours, theirs, shapes = CASES[case]
-    transform = TRANSFORMATIONS[transformation]
-    args = draw(shapes)
-    assert_close(transform(ours)(*args), theirs(*args), 1e-6)
-    assert_close(gradients(transform(ours), args), gradients(theirs, args), 1e-5)
+def test_values_and_gradients_equal_autodiff(case, transformation, calls):
+    args = draw(CASES[case][2])
+    f = with_gradients(TRANSFORMATIONS[transformation](operation(case)))
+    assert_equal_autodiff(*run(f, args, calls[case]), case, args)
+
+
+@pytest.mark.parametrize("calls", ["native"], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("calls")
+def test_cpp_is_called_without_jit_too(case):
+    args = draw(CASES[case][2])
+    assert_equal_autodiff(*with_gradients(operation(case))(*args), case, args)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_under_vmap(case):
-    ours, theirs, shapes = CASES[case]
-    args = draw(shapes, batch=(3,))
-    together = jax.vmap(lambda *a: gradients(ours, a))(*args)
+def test_under_vmap(case, calls):
+    args = draw(CASES[case][2], batch=(3,))
+    together = run(jax.vmap(with_gradients(operation(case))), args, calls[case])
     for i in range(3):
-        assert_close([g[i] for g in together], gradients(theirs, [a[i] for a in args]), 1e-5)
+        assert_equal_autodiff(*jax.tree.map(operator.itemgetter(i), together), case, [a[i] for a in args])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sharded_over_eight_devices(case):
-    ours, theirs, shapes = CASES[case]
+def test_sharded_over_eight_devices(case, calls):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    args = draw(shapes)
+    args = draw(CASES[case][2])
 
     def place(x):
         spec = jax.sharding.PartitionSpec("data") if x.shape[0] % 8 == 0 else jax.sharding.PartitionSpec()
@@ -103,21 +155,31 @@ def test_sharded_over_eight_devices(case):
 
     placed = [place(x) for x in args]
     assert any(not x.sharding.is_fully_replicated for x in placed)
-    assert_close(jax.jit(lambda *a: gradients(ours, a))(*placed), gradients(theirs, args), 1e-5)
+    assert_equal_autodiff(*run(with_gradients(operation(case)), placed, calls[case]), case, args)
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("calls")
 def test_bfloat16_stays_bfloat16_and_close(case):
-    ours, theirs, shapes = CASES[case]
     if case == "layer_norm":
         pytest.skip("always float32: its caller casts")
-    args = draw(shapes, jnp.bfloat16)
-    assert ours(*args).dtype == jnp.bfloat16
-    ours_grads = gradients(ours, args)
-    assert all(g.dtype == jnp.bfloat16 for g in ours_grads)
-    assert_close(ours_grads, gradients(theirs, [a.astype(jnp.float32) for a in args]), 0.03)
+    args = draw(CASES[case][2], jnp.bfloat16)
+    values, gradients = run(with_gradients(operation(case)), args, calls=set())
+    assert {x.dtype for x in (values, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    _, theirs = autodiff(case)(*(a.astype(jnp.float32) for a in args))
+    assert_close(gradients, theirs, 0.03)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, v = draw(CASES["attention"][2])
-    assert all(np.isfinite(g).all() for g in gradients(ops.attention, [300 * q, 300 * k, v]))
+def test_large_scores_do_not_overflow(calls):
+    q, kv = draw(CASES["attention"][2])
+    args = 300 * q, kv.at[:, :, 0].multiply(300)
+    values, gradients = run(with_gradients(operation("attention")), args, calls["attention"])
+    assert_close(values, autodiff("attention")(*args)[0], 1e-6)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_unused_is_plain_jax(calls):
+    args = draw(CASES["mlp"][2])
+    with native.unused():
+        run(with_gradients(operation("mlp")), args, calls=set())
+    run(with_gradients(operation("mlp")), args, calls["mlp"])

@@ -1,0 +1,247 @@
+"""How the pre-training step's time grows: with the batch, the patches left visible, devices, and mask tokens.
+
+    python tests/benchmarks/scaling.py [--parts batch,ratio,devices,tokens] [--rounds 7] [--figure docs/mask_tokens.png]
+
+Forward, backward and AdamW, float32, on the CPU; every part has a process of its own. What is compared is interleaved;
+times are medians over rounds, and so are ratios, each of two times in the same round. Run it on a quiet machine.
+
+    batch    the 32px setup of step.py in batches of 64, 128 and 256: time per image. Claim: the same within 10 %.
+    ratio    ViT-Ti hiding 0.5, 0.75 and 0.9 of the patches: time beside FLOPs that are needed (`model/flops.py`).
+             Claim: the ratios to those of 0.75 agree within 15 %.
+    devices  32px, batch 256, on 1 and on 8 simulated devices of one process. Claim: 8 cost at most 1.10 times 1.
+             With several devices the C++ of `model/native.py` is not used, here in neither.
+    tokens   an encoder on all patches, the hidden ones as mask tokens, against MAE's on the visible ones (paper table
+             1c): time, and FLOPs as XLA counts them. ViT-L with --depth blocks and a decoder cut in proportion.
+             The paper: 3.3 times the FLOPs and 2.8 times the time, with 24 blocks and 8 in the decoder.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from step import images_of, load, ours, seconds_of
+
+from mae_jax.jobs import models, pretrain
+from mae_jax.model import native
+from mae_jax.model.flops import training_flops
+from mae_jax.model.layers import Block, Dense, LayerNorm
+from mae_jax.model.mae import Decoder
+from mae_jax.model.masking import Mask, take
+from mae_jax.model.patches import grid_of, patchify, sincos_positions
+from mae_jax.model.vit import SIZES, ViT, torch_bias
+from mae_jax.training import optim
+from mae_jax.training.loop import create_state, make_train_step
+from mae_jax.training.sharding import batch_sharding, make_mesh
+
+BATCHES = (64, 128, 256)
+RATIOS = (0.5, 0.75, 0.9)
+DEVICES = (1, 8)
+PAPER = {"FLOPs": 3.3, "time": 2.8}  # of an encoder with mask tokens, in units of MAE's: table 1c
+
+
+class WithMaskTokens(nn.Module):
+    """MAE, but its encoder sees all patches: the hidden ones as a learned token that takes their embedding's place.
+
+    The decoder's blocks see as many tokens as MAE's and compute as many, but it adds none of its own.
+
+    Attributes:
+      encoder, decoder: those of MAE, for their sizes alone.
+    """
+
+    encoder: ViT
+    decoder: Decoder
+
+    @nn.compact
+    def __call__(self, images: jax.Array, mask: Mask) -> jax.Array:
+        """Predict the hidden patches, f32[N,L-K,T], of images f32[N,H,W,C]."""
+        encoder, decoder = self.encoder, self.decoder
+        token_init = nn.initializers.normal(0.02)
+        grid = grid_of(images.shape[1:3], encoder.patch_size)
+        x = patchify(images, encoder.patch_size)  # [N,L,P*P*C]
+        x = Dense(encoder.width, bias_init=torch_bias(x.shape[-1]), name="patch_embedding")(x)
+        mask_token = self.param("mask_token", token_init, (1, 1, encoder.width))
+        x = jnp.where(mask.removed[:, :, None] > 0, mask_token, x) + sincos_positions(grid, encoder.width)[None]
+        cls = self.param("cls_token", token_init, (1, 1, encoder.width))
+        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, encoder.width)), x], axis=1)  # [N,1+L,D]
+        for i in range(encoder.depth):
+            x = Block(encoder.heads, encoder.mlp_ratio, name=f"encoder_{i}")(x)
+        x = Dense(decoder.width, name="decoder_embedding")(LayerNorm(name="encoder_norm")(x))
+        # visible first, as in Decoder, so that the last block computes the hidden tokens alone here too
+        patches = take(x[:, 1:] + sincos_positions(grid, decoder.width)[None], mask.order)
+        x = jnp.concatenate([x[:, :1], patches], axis=1)
+        for i in range(decoder.depth):
+            first = 1 + mask.visible.shape[1] if i == decoder.depth - 1 else 0
+            x = Block(decoder.heads, decoder.mlp_ratio, name=f"decoder_{i}")(x, first)
+        return Dense(decoder.target_width, name="head")(LayerNorm(name="decoder_norm")(x))
+
+
+def configured(setup, changes):
+    """A setup of step.py with some settings changed."""
+    config = load(setup)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def lowered(config, model, target, devices=1):
+    """The train step of `model` as handed to the compiler, how to make its first state, and a batch."""
+    mesh = make_mesh(data=devices)
+    tx, schedule = optim.make(config.data.batch_size, 10_000, 100, **config.optim)
+    abstract, new_state = create_state(lambda: models.init(model, config, jax.random.key(0)), tx, mesh)
+    batch = {"image": images_of(config), "weight": np.ones(config.data.batch_size, np.float32)}
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    loss = pretrain.make_loss(model, target, config)
+    return make_train_step(loss, tx, schedule, jax.random.key(1), mesh).lower(abstract, batch), new_state, batch
+
+
+def repeated(step, new_state, batch):
+    """run(n), which makes n steps and waits for them."""
+    step, state = step.compile(), new_state()
+
+    def run(n):
+        nonlocal state
+        for _ in range(n):
+            state, scalars = step(state, batch)
+        jax.block_until_ready((state, scalars))
+
+    return run
+
+
+def interleaved(runs, given):
+    """Seconds of a step of each of `runs`: {name: f64[rounds]}."""
+    steps = {}
+    for name, run in runs.items():
+        run(2)
+        steps[name] = max(1, round(given.seconds / seconds_of(run, 1)))
+    times = {name: [] for name in runs}
+    for _ in range(given.rounds):
+        for name, run in runs.items():
+            times[name].append(seconds_of(run, steps[name]))
+    return {name: np.array(took) for name, took in times.items()}
+
+
+def shown(ratios):
+    """The median of some ratios, and their range."""
+    return f"{np.median(ratios):8.3f} {f'{ratios.min():.2f}-{ratios.max():.2f}':>12}"
+
+
+def batch(given):
+    times = interleaved({n: ours(configured("32px", {"data.batch_size": n}))[0] for n in BATCHES}, given)
+    each = {n: took / n for n, took in times.items()}
+    print(f"\n32px\n{'batch':>8} {'ms/image':>9} {f'of {BATCHES[-1]}':>8} {'(range)':>12}")
+    ratios = {n: took / each[BATCHES[-1]] for n, took in each.items()}
+    for n in BATCHES:
+        print(f"{n:8} {1e3 * np.median(each[n]):9.3f} {shown(ratios[n])}")
+    print(f"farthest from 1: {max(abs(np.median(r) - 1) for r in ratios.values()):.1%} (claim: within 10 %)")
+
+
+def ratio(given):
+    runs, flops = {}, {}
+    for hidden in RATIOS:
+        config = configured("Ti", {"data.batch_size": 16, "mask.ratio": hidden})
+        runs[hidden] = ours(config)[0]
+        model, _ = models.build(config)
+        flops[hidden] = training_flops(model, config.data.image_size, config.data.channels, hidden)
+    times = interleaved(runs, given)
+    print(f"\nTi, batch 16\n{'hidden':>8} {'ms/step':>9} {'of 0.75':>8} {'(range)':>12} {'FLOPs':>8} {'quotient':>9}")
+    excess = {}
+    for hidden in RATIOS:
+        measured, needed = times[hidden] / times[0.75], flops[hidden] / flops[0.75]
+        excess[hidden] = np.median(measured) / needed
+        milliseconds = 1e3 * np.median(times[hidden])
+        print(f"{hidden:8} {milliseconds:9.1f} {shown(measured)} {needed:8.3f} {excess[hidden]:9.3f}")
+    print(f"farthest from FLOPs: {max(abs(e - 1) for e in excess.values()):.1%} (claim: within 15 %)")
+
+
+def devices(given):
+    config = load("32px")
+    model, target = models.build(config)
+    times = interleaved({n: repeated(*lowered(config, model, target, n)) for n in DEVICES}, given)
+    print(f"\n32px, batch {config.data.batch_size}\n{'devices':>8} {'ms/step':>9} {'of 1':>8} {'(range)':>12}")
+    for n, took in times.items():
+        print(f"{n:8} {1e3 * np.median(took):9.1f} {shown(took / times[1])}")
+    print(f"8 cost {np.median(times[8] / times[1]):.2f} times 1 (claim: at most 1.10)")
+
+
+def tokens(given):
+    blocks = max(1, round(given.depth * 8 / SIZES["L"]["depth"]))  # the paper's decoder has 8 for the whole ViT-L
+    sizes = {f"encoder.{key}": value for key, value in SIZES["L"].items()} | {"encoder.depth": given.depth}
+    config = configured("B", {"data.batch_size": 4, "decoder.depth": blocks, **sizes})
+    mae, target = models.build(config)
+    compared = {"MAE": mae, "mask tokens": WithMaskTokens(mae.encoder, mae.decoder)}
+    flops = {}
+    for name, model in compared.items():
+        with native.unused():  # XLA cannot count what C++ does
+            flops[name] = lowered(config, model, target)[0].cost_analysis()["flops"]
+    times = interleaved({name: repeated(*lowered(config, model, target)) for name, model in compared.items()}, given)
+    print(f"\nViT-L with {given.depth} blocks, {blocks} in the decoder, 224 px, batch 4, 0.75 hidden")
+    print(f"{'encoder':12} {'ms/step':>9} {'of MAE':>8} {'(range)':>12} {'GFLOP/step':>11} {'of MAE':>8}")
+    for name, took in times.items():
+        count = f"{flops[name] / 1e9:11.1f} {flops[name] / flops['MAE']:8.3f}"
+        print(f"{name:12} {1e3 * np.median(took):9.0f} {shown(took / times['MAE'])} {count}")
+    measured = {
+        "FLOPs": flops["mask tokens"] / flops["MAE"],
+        "time": float(np.median(times["mask tokens"] / times["MAE"])),
+    }
+    print(", ".join(f"{key} {value:.2f} times MAE's (paper: {PAPER[key]})" for key, value in measured.items()))
+    if given.figure:
+        given.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(measured, f"One training step, ViT-L with {given.depth} blocks; MAE is 1").save(given.figure)
+
+
+def draw(measured, title):
+    """Two pairs of bars, of FLOPs and of time: MAE, and `measured` times as high that with mask tokens."""
+    width, height, left, floor, ceiling, bar, gap = 640, 400, 90, 330, 100, 90, 100
+    colours = {"MAE": "#4878a8", "mask tokens in the encoder": "#d08040"}
+    unit = (floor - ceiling) / max(*measured.values(), *PAPER.values())
+    picture = Image.new("RGB", (width, height), "white")
+    pen, font, small = ImageDraw.Draw(picture), ImageFont.load_default(16), ImageFont.load_default(13)
+    pen.text((width / 2, 24), title, fill="black", font=font, anchor="mm")
+    for i, (name, colour) in enumerate(colours.items()):
+        x = 180 + 110 * i
+        pen.rectangle((x, 48, x + 12, 60), fill=colour)
+        pen.text((x + 20, 54), name, fill="black", font=small, anchor="lm")
+    for i, (key, value) in enumerate(measured.items()):
+        x = left + i * (2 * bar + gap)
+        for tall, colour in zip((1, value), colours.values(), strict=True):
+            top = floor - tall * unit
+            pen.rectangle((x, top, x + bar - 6, floor), fill=colour)
+            pen.text((x + bar / 2 - 3, top - 12), f"{tall:.2f}", fill="black", font=font, anchor="mm")
+            x += bar
+        pen.text((x - bar - 3, floor + 20), key, fill="black", font=font, anchor="mm")
+        pen.text((x - bar - 3, floor + 42), f"in the paper: {PAPER[key]}", fill="#555", font=small, anchor="mm")
+    pen.line((left - 30, floor, width - left + 30, floor), fill="black", width=2)
+    return picture
+
+
+PARTS = {"batch": batch, "ratio": ratio, "devices": devices, "tokens": tokens}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each in each round, or one step")
+    parser.add_argument("--depth", type=int, default=12, help="blocks of the encoders that tokens compares")
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="where tokens draws its ratios, a PNG file")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.part:
+        native.keep_freed_memory()  # as the command line does
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", max(DEVICES) if given.part == "devices" else 1)
+        return PARTS[given.part](given)
+    chosen = given.parts.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"--parts: {', '.join(unknown)}: not among {', '.join(PARTS)}")
+    for part in chosen:  # each alone: how many devices there are cannot be changed once JAX has started
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], check=True)
+
+
+if __name__ == "__main__":
+    main()
