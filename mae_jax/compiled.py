@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -shared -DNDEBUG -w"
@@ -23,13 +24,14 @@ def folder(name: str) -> Path:
 
 
 @functools.cache
-def library(source: Path, *options: str) -> Path | None:
-    """The shared library of one C++ file; None where it cannot be compiled.
+def library(source: Path, load: Callable, *options: str):
+    """The shared library of one C++ file; None where it cannot be compiled or loaded.
 
     Args:
-      options: for the compiler, such as folders of headers.
+      load: of the library's path, what to return.
+      options: for the compiler. Whatever changes with them is compiled anew, so they should name versions of headers.
     """
-    compiler = os.environ.get("CXX", "c++").split()
+    compiler = (os.environ.get("CXX") or "c++").split()
     flags = [*FLAGS.split(), *options]
 
     def compile(*arguments) -> str:
@@ -44,8 +46,8 @@ def library(source: Path, *options: str) -> Path | None:
             with tempfile.TemporaryDirectory(dir=kept.parent) as made:
                 compile(str(source), "-o", f"{made}/{kept.name}")
                 os.replace(f"{made}/{kept.name}", kept)  # at once, so that nobody ever finds half of it
-        return kept
-    except (OSError, subprocess.CalledProcessError) as error:
+        return load(str(kept))
+    except Exception as error:  # of the file system, the compiler, or whatever loads
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         logging.warning("%s is not used, which is slower: %s", source.name, *reason or ["the compiler failed"])
         return None

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,10 @@ from mae_jax import compiled
 
 COMPILER = os.environ.get("CXX", "c++")
 
-library = compiled.library.__wrapped__  # as in a new process, which remembers nothing
+
+def library(source, *options):
+    """Its path, as in a new process, which remembers nothing."""
+    return compiled.library.__wrapped__(source, Path, *options)
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +96,10 @@ def test_many_at_once_get_the_same(source, kept, compiler):
     assert list(kept.iterdir()) == list(paths) and answer(*paths) == 6
 
 
-def warning_without(source, caplog):
+def warning_without(source, caplog, load=Path):
     """That there is no library; the one line logged about it, however often it is asked for."""
-    assert compiled.library(source, "-DANSWER=7") is None
-    assert compiled.library(source, "-DANSWER=7") is None
+    assert compiled.library(source, load, "-DANSWER=7") is None
+    assert compiled.library(source, load, "-DANSWER=7") is None
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.getMessage().startswith("answer.cc is not used")
     return record.getMessage()
@@ -125,3 +129,10 @@ def test_a_cache_folder_that_cannot_be_made_is_no_error(source, compiler, tmp_pa
     compiler()
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))
     assert str(source) in warning_without(source, caplog)
+
+
+def test_a_library_that_cannot_be_loaded_is_done_without(source, compiler, tmp_path, caplog):
+    compiler()
+    empty = tmp_path / "empty.so"
+    empty.touch()
+    assert str(empty) in warning_without(source, caplog, lambda path: ctypes.CDLL(str(empty)))

@@ -70,9 +70,8 @@ def resize(image, size: Sequence[int], mirrored=False):
 @functools.cache
 def _operations():
     """TensorFlow's functions from resize.cc; None where it cannot be compiled."""
-    options = tf.sysconfig.get_compile_flags() + tf.sysconfig.get_link_flags()
-    path = compiled.library(Path(__file__).with_name("resize.cc"), *options)
-    return path and tf.load_op_library(str(path))
+    options = [*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags(), f"-DTENSORFLOW={tf.__version__}"]
+    return compiled.library(Path(__file__).with_name("resize.cc"), tf.load_op_library, *options)
 
 
 def _resize_with_pillow(image: np.ndarray, size: np.ndarray, mirrored: np.ndarray) -> np.ndarray:

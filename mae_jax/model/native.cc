@@ -283,6 +283,13 @@ constexpr Index STRIP = 4 * COLUMNS;  // of the right factor, packed at a time
 template <class Finish>
 void multiply(Factor a, Factor b, Index rows, Index columns, Index depth, float* c, Index stride, const Finish& finish,
               float* totals = nullptr) {
+  if (depth == 0) {  // nothing to sum
+    for (Index i = 0; i < rows; ++i)
+      for (Index j = 0; j < columns; j += LANES)
+        store(c + i * stride + j, finish(Vec{}, i, j, columns - j), columns - j);
+    if (totals) std::fill(totals, totals + columns, 0.0f);
+    return;
+  }
   float* left = scratch(0, rounded_up(rows, ROWS) * std::min(depth, DEPTH));
   float* strip = scratch(1, STRIP * std::min(depth, DEPTH));
   for (Index k = 0; k < depth; k += DEPTH) {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from mae_jax import compiled
@@ -96,10 +97,10 @@ def keep_freed_memory() -> None:
 @functools.cache
 def _registered() -> bool:
     """Make native.cc known to JAX; False if it cannot be."""
-    path = compiled.library(Path(__file__).with_suffix(".cc"), f"-isystem{jax.ffi.include_dir()}")
-    if path is None:
+    options = f"-isystem{jax.ffi.include_dir()}", f"-DJAXLIB={jaxlib.__version__}"
+    library = compiled.library(Path(__file__).with_suffix(".cc"), ctypes.CDLL, *options)
+    if library is None:
         return False
-    library = ctypes.CDLL(str(path))
     for name in FUNCTIONS:
         jax.ffi.register_ffi_target(f"mae_{name}", jax.ffi.pycapsule(getattr(library, f"mae_{name}")), platform="cpu")
     return True

@@ -148,7 +148,7 @@ layer_norm.defvjp(_layer_norm_forward, lambda saved, g: _layer_norm_gradient(*sa
 
 @jax.custom_vjp
 def attention(q, kv):
-    """softmax(q k^T / sqrt(d)) v for each head: queries [N,Q,heads,d], keys and values [N,T,2,heads,d] -> [N,Q,heads,d].
+    """softmax(q k^T / sqrt(d)) v of each head: queries [N,Q,heads,d], keys and values [N,T,2,heads,d] -> [N,Q,heads,d].
 
     The softmax is float32 for any dtype.
     """
@@ -167,8 +167,8 @@ def _attention_forward(q, kv):
 
 
 def _attention_backward(saved, g):
-    if native.serves(g):
-        q, kv, *_ = saved
+    q, kv, *_ = saved
+    if kv.ndim == 5:  # keys and values together, as C++ has kept them
         return native.call("attention_gradient", (q.shape, kv.shape), *saved, g)
     q, k, v, weights = saved
     g = g.swapaxes(1, 2)

@@ -171,7 +171,7 @@ def devices(given):
 def tokens(given):
     blocks = max(1, round(given.depth * 8 / SIZES["L"]["depth"]))  # the paper's decoder has 8 for the whole ViT-L
     sizes = {f"encoder.{key}": value for key, value in SIZES["L"].items()} | {"encoder.depth": given.depth}
-    config = configured("B", {"data.batch_size": 4, "decoder.depth": blocks, **sizes})
+    config = configured("B", {"data.batch_size": 8, "decoder.depth": blocks, **sizes})
     mae, target = models.build(config)
     compared = {"MAE": mae, "mask tokens": WithMaskTokens(mae.encoder, mae.decoder)}
     flops = {}
@@ -179,7 +179,7 @@ def tokens(given):
         with native.unused():  # XLA cannot count what C++ does
             flops[name] = lowered(config, model, target)[0].cost_analysis()["flops"]
     times = interleaved({name: repeated(*lowered(config, model, target)) for name, model in compared.items()}, given)
-    print(f"\nViT-L with {given.depth} blocks, {blocks} in the decoder, 224 px, batch 4, 0.75 hidden")
+    print(f"\nViT-L with {given.depth} blocks, {blocks} in the decoder, 224 px, batch 8, 0.75 hidden")
     print(f"{'encoder':12} {'ms/step':>9} {'of MAE':>8} {'(range)':>12} {'GFLOP/step':>11} {'of MAE':>8}")
     for name, took in times.items():
         count = f"{flops[name] / 1e9:11.1f} {flops[name] / flops['MAE']:8.3f}"

@@ -120,6 +120,14 @@ def test_products_of_any_shape(rows):
             assert a.shape == b.shape and (np.abs(a - b) <= 1e-6 * size).all()
 
 
+def test_products_of_nothing_are_zero():
+    bias = np.arange(20, dtype=np.float32)
+    calls = (linear, *draw((3, 0), (0, 20)), bias), (kernel_gradient, *draw((0, 30), (0, 20)))
+    for ours, exact in native_and_exact(*calls):
+        for a, b in zip(ours, exact, strict=True):
+            assert np.array_equal(a, b)
+
+
 def attention_and_gradients(q, kv, g):
     (values,) = native_and_exact((attention, q, kv))
     (gradients,) = native_and_exact((attention_gradient, q, kv, *values[0], g))

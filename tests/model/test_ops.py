@@ -130,10 +130,12 @@ def test_values_and_gradients_equal_autodiff(case, transformation, calls):
 
 @pytest.mark.parametrize("calls", ["native"], indirect=True)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("calls")
-def test_cpp_is_called_without_jit_too(case):
+def test_without_jit(case, calls, monkeypatch):
+    called, call = set(), native.call
+    monkeypatch.setattr(native, "call", lambda name, *args, **kwargs: called.add(name) or call(name, *args, **kwargs))
     args = draw(CASES[case][2])
     assert_equal_autodiff(*with_gradients(operation(case))(*args), case, args)
+    assert called == calls[case]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,3 +185,14 @@ def test_unused_is_plain_jax(calls):
     with native.unused():
         run(with_gradients(operation("mlp")), args, calls=set())
     run(with_gradients(operation("mlp")), args, calls["mlp"])
+
+
+def test_the_backward_pass_goes_with_the_forward_pass(calls):
+    """Whatever is to be used when it is traced."""
+    args = draw(CASES["attention"][2])
+    with native.unused():
+        out, pull = jax.vjp(operation("attention"), *args)
+    assert_close(pull(out), jax.vjp(plain_attention, *args)[1](out), 1e-5)
+    out, pull = jax.vjp(operation("attention"), *args)
+    with native.unused():
+        assert_close(pull(out), jax.vjp(plain_attention, *args)[1](out), 1e-5)
