@@ -48,7 +48,6 @@ def _run(argv: list[str]) -> int:
         return 0
 
     from mae_jax import config
-    from mae_jax.model import native
 
     flags = {"--config": None, "--workdir": None}
     overrides = []
@@ -73,6 +72,8 @@ def _run(argv: list[str]) -> int:
         except UserError as error:
             problems += error.problems
         raise ConfigError(problems)
+    from mae_jax.model import native  # and with it JAX, which a mistake in the config need not wait for
+
     _keep_what_is_compiled()
     native.keep_freed_memory()
     job.run(settings, workdir)

@@ -362,59 +362,63 @@ using Result = ffi::Result<Array>;
 inline Index rows_of(const Array& x) { return x.dimensions()[0]; }
 inline Index columns_of(const Array& x) { return x.dimensions()[1]; }
 
-// y[M,O] = x[M,I] kernel[I,O] + bias[O]
-ffi::Error linear(ffi::ThreadPool pool, Array x, Array kernel, Array bias, Result y) {
-  const Index m = rows_of(x), inputs = columns_of(x), outputs = columns_of(kernel);
-  const float* add = bias.typed_data();
+// y[M,O] = x[M,I] kernel[I,O]
+template <class Finish>
+ffi::Error product(ffi::ThreadPool& pool, Array x, Array kernel, Result y, Finish finish) {
+  const Index inputs = columns_of(x), outputs = columns_of(kernel);
   Tasks tasks;
-  add_product(tasks, pool.num_threads(), {x.typed_data(), inputs, 1}, {kernel.typed_data(), 1, outputs}, m, outputs, inputs,
-              y->typed_data(),
-              [=](Vec value, Index, Index column, Index count) { return value + load(add + column, count); });
+  add_product(tasks, pool.num_threads(), {x.typed_data(), inputs, 1}, {kernel.typed_data(), 1, outputs}, rows_of(x),
+              outputs, inputs, y->typed_data(), finish);
   run(pool, tasks);
   return ffi::Error::Success();
 }
 
+// y[M,O] = x[M,I] kernel[I,O] + bias[O]
+ffi::Error linear(ffi::ThreadPool pool, Array x, Array kernel, Array bias, Result y) {
+  const float* add = bias.typed_data();
+  return product(pool, x, kernel, y,
+                 [=](Vec value, Index, Index column, Index count) { return value + load(add + column, count); });
+}
+
 // hidden[M,O] = x[M,I] kernel[I,O] + bias[O], active[M,O] = gelu(hidden)
 ffi::Error linear_gelu(ffi::ThreadPool pool, Array x, Array kernel, Array bias, Result hidden, Result active) {
-  const Index m = rows_of(x), inputs = columns_of(x), outputs = columns_of(kernel);
+  const Index outputs = columns_of(kernel);
   const float* add = bias.typed_data();
   float* out = active->typed_data();
+  return product(pool, x, kernel, hidden, [=](Vec value, Index row, Index column, Index count) {
+    value += load(add + column, count);
+    store(out + row * outputs + column, value * normal(value).cdf, count);
+    return value;
+  });
+}
+
+// dx[M,I] = g[M,O] kernel[I,O]^T
+template <class Finish>
+ffi::Error transposed_product(ffi::ThreadPool& pool, Array g, Array kernel, Result dx, Finish finish) {
+  const Index inputs = rows_of(kernel), outputs = columns_of(g);
   Tasks tasks;
-  add_product(tasks, pool.num_threads(), {x.typed_data(), inputs, 1}, {kernel.typed_data(), 1, outputs}, m, outputs, inputs,
-              hidden->typed_data(), [=](Vec value, Index row, Index column, Index count) {
-                value += load(add + column, count);
-                store(out + row * outputs + column, value * normal(value).cdf, count);
-                return value;
-              });
+  add_product(tasks, pool.num_threads(), {g.typed_data(), outputs, 1}, {kernel.typed_data(), outputs, 1}, rows_of(g),
+              inputs, outputs, dx->typed_data(), finish);
   run(pool, tasks);
   return ffi::Error::Success();
 }
 
 // dx[M,I] = g[M,O] kernel[I,O]^T
 ffi::Error input_gradient(ffi::ThreadPool pool, Array g, Array kernel, Result dx) {
-  const Index m = rows_of(g), inputs = rows_of(kernel), outputs = columns_of(g);
-  Tasks tasks;
-  add_product(tasks, pool.num_threads(), {g.typed_data(), outputs, 1}, {kernel.typed_data(), outputs, 1}, m, inputs, outputs,
-              dx->typed_data());
-  run(pool, tasks);
-  return ffi::Error::Success();
+  return transposed_product(pool, g, kernel, dx, Nothing());
 }
 
 // dhidden[M,I] = g[M,O] kernel[I,O]^T * gelu'(hidden), active[M,I] = gelu(hidden)
 ffi::Error gelu_gradient(ffi::ThreadPool pool, Array g, Array kernel, Array hidden, Result dhidden, Result active) {
-  const Index m = rows_of(g), inputs = rows_of(kernel), outputs = columns_of(g);
+  const Index inputs = rows_of(kernel);
   const float* before = hidden.typed_data();
   float* out = active->typed_data();
-  Tasks tasks;
-  add_product(tasks, pool.num_threads(), {g.typed_data(), outputs, 1}, {kernel.typed_data(), outputs, 1}, m, inputs, outputs,
-              dhidden->typed_data(), [=](Vec value, Index row, Index column, Index count) {
-                const Vec x = load(before + row * inputs + column, count);
-                const Normal at = normal(x);
-                store(out + row * inputs + column, x * at.cdf, count);
-                return value * (at.cdf + x * at.bell * 0.398942280f);
-              });
-  run(pool, tasks);
-  return ffi::Error::Success();
+  return transposed_product(pool, g, kernel, dhidden, [=](Vec value, Index row, Index column, Index count) {
+    const Vec x = load(before + row * inputs + column, count);
+    const Normal at = normal(x);
+    store(out + row * inputs + column, x * at.cdf, count);
+    return value * (at.cdf + x * at.bell * 0.398942280f);
+  });
 }
 
 // dkernel[I,O] = x[M,I]^T g[M,O], dbias[O] = sum of g over rows
