@@ -48,6 +48,7 @@ def paper() -> ConfigDict:
         "path": "",
         "split": "train",
         "held_out": "validation",
+        "held_out_augment": "none",
         "image_size": (224, 224),
         "channels": 3,
         "batch_size": 4096,
@@ -74,6 +75,7 @@ def paper() -> ConfigDict:
     config.train = {"steps": placeholder(int), "epochs": 1600.0}  # steps, where given, counts
     config.log = {"every": 100}
     config.eval = {"every": 3120, "images": 10_000}
+    config.monitor = {"every": 31_200, "bank": 50_000, "queries": 10_000, "k": 20, "pool": "mean"}
     config.pictures = {"every": 3120, "count": 8}
     config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200}  # 312 steps an epoch
     config.mesh = {"data": -1}
@@ -108,6 +110,7 @@ def folder() -> ConfigDict:
     config.train.epochs = 400.0
     config.log.every = 20
     config.eval = {"every": 500, "images": 1000}
+    config.monitor = {"every": 2000, "bank": 5000, "queries": 1000, "k": 20, "pool": "mean"}
     config.pictures.every = 500
     config.checkpoint = {"every": 500, "keep": 3, "keep_every": 0}
     return config
@@ -123,6 +126,7 @@ def cifar10() -> ConfigDict:
     config.train.epochs = 800.0
     config.log.every = 48
     config.eval = {"every": 480, "images": placeholder(int)}
+    config.monitor = {"every": 960, "bank": 10_000, "queries": 2000, "k": 20, "pool": "mean"}
     config.pictures.every = 480
     config.checkpoint = {"every": 480, "keep": 3, "keep_every": 0}
     return config
@@ -148,6 +152,7 @@ def fashion_mnist() -> ConfigDict:
     config.train.epochs = 10.0
     config.log.every = 39
     config.eval = {"every": 234, "images": placeholder(int)}
+    config.monitor = {"every": 1170, "bank": 5000, "queries": 1000, "k": 20, "pool": "mean"}
     config.pictures.every = 234
     config.checkpoint = {"every": 234, "keep": 2, "keep_every": 0}
     return config
@@ -170,6 +175,7 @@ def digits() -> ConfigDict:
     config.train.epochs = 136.0  # of 11 steps
     config.log.every = 50
     config.eval = {"every": 300, "images": placeholder(int)}
+    config.monitor = {"every": 300, "bank": 1438, "queries": 359, "k": 20, "pool": "mean"}
     config.pictures.every = 300
     config.checkpoint = {"every": 300, "keep": 2, "keep_every": 0}
     return config
@@ -189,4 +195,5 @@ def shrink(config: ConfigDict) -> None:
     config.train.steps = 2
     config.log.every = 1
     config.eval.images = 16
+    config.monitor.update(every=1, bank=32, queries=16, k=3)
     config.pictures.count = 4

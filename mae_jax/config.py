@@ -27,7 +27,8 @@ from ml_collections.config_dict import RequiredValueError
 from mae_jax.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
-GIVEN_TO_MODULES = {"parent", "name", "dtype", "target_width"}  # attributes of linen modules that jobs fill in
+# attributes of linen modules that jobs fill in
+GIVEN_TO_MODULES = {"parent", "name", "dtype", "target_width", "encoder", "classes"}
 UNSET = object()  # what stands for a required placeholder
 
 
@@ -143,14 +144,14 @@ def to_json(config: ConfigDict) -> dict:
 
 
 def complete(
-    config: ConfigDict, schema: Mapping[str, Callable], values: Mapping[str, type]
+    config: ConfigDict, schema: Mapping[str, Callable], values: Mapping[str, typing.Any]
 ) -> tuple[ConfigDict | None, list[str]]:
     """Hold a config against its schema.
 
     Args:
       schema: for each group, the function it is splatted into; its keyword-only parameters are the group's keys. (Of
         a linen module: its attributes.)
-      values: the keys outside any group, with their types.
+      values: the keys outside any group, with their type hints.
 
     Returns:
       The config with every setting in it, and what is wrong with the given one, a line each. A setting that is not

@@ -98,9 +98,17 @@ def _resize_short_side(image, size: Sequence[int], margin: float):
     return tf.cond(tf.reduce_all(covered == tf.shape(image)[:2]), lambda: image, lambda: resize(image, covered))
 
 
-def centre_crop(image, size, seed, scale, ratio):
+def whole(image, size, seed, scale, ratio):
     """No augmentation: the largest centred crop of the right shape, resized."""
-    image = _resize_short_side(image, size, margin=1.0)
+    return _centred(_resize_short_side(image, size, margin=1.0), size)
+
+
+def centre_crop(image, size, seed, scale, ratio):
+    """The middle of the image resized to 8/7 of it (256 for 224): how ImageNet is evaluated."""
+    return _centred(_resize_short_side(image, size, margin=8 / 7), size)
+
+
+def _centred(image, size):
     top, left = tf.unstack((tf.shape(image)[:2] - tf.constant(size)) // 2)
     return tf.image.crop_to_bounding_box(image, top, left, *size)
 
@@ -144,7 +152,13 @@ def random_crop_box(shape, seed, scale: Sequence[float], ratio: Sequence[float])
 
 
 # An augmentation is `f(image uint8[h,w,C], size, seed i64[2], scale, ratio) -> uint8[H,W,C]`.
-AUGMENTATIONS = {"none": centre_crop, "fixed_crop": fixed_crop, "random_resized_crop": random_resized_crop}
+AUGMENTATIONS = {
+    "none": whole,
+    "centre_crop": centre_crop,
+    "fixed_crop": fixed_crop,
+    "random_resized_crop": random_resized_crop,
+}
+DRAWING_NOTHING = ("none", "centre_crop")  # rows that give the same pixels every time
 
 
 def augment_file(data, channels: int, seed, *, size, name: str, scale, ratio, flip: bool):

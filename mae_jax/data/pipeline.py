@@ -16,10 +16,10 @@ import numpy as np
 from etils import epy
 from jax.sharding import Sharding
 
+from mae_jax.data.augment import DRAWING_NOTHING, augment_file, decode
 from mae_jax.data.augment import augment as augment_image
-from mae_jax.data.augment import augment_file, decode
 from mae_jax.data.cache import decoded
-from mae_jax.data.sources import SOURCES, Source
+from mae_jax.data.sources import SOURCES, Source, balanced, in_memory
 from mae_jax.errors import DataError
 
 with epy.lazy_imports():
@@ -51,6 +51,9 @@ class Dataset:
       flip: whether to flip every other image left to right.
       repeats: so many samples of a batch are crops of one image, which is read once. Where reading is what limits
         the speed, two to four cost little accuracy (Hoffer et al. 2020, arXiv 1901.09335).
+      held_out_augment: what is done to held-out images, a row of `augment.AUGMENTATIONS` that draws nothing.
+      per_class: keep only so many images of each class for training, the same ones in every run; 0: all.
+      subset_seed: which ones.
       cache: keep decoded images: "memory", or a folder to keep them in. For data sets that fit; empty: decode again.
         (Of a JPEG, random resized crops alone are decoded then, whose edges may differ by a grey level or two.)
     """
@@ -69,6 +72,9 @@ class Dataset:
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     flip: bool = False
     repeats: int = 1
+    held_out_augment: str = "none"
+    per_class: int = 0
+    subset_seed: int = 0
     cache: str = ""
 
     @functools.cached_property
@@ -78,7 +84,8 @@ class Dataset:
         Raises:
           ConfigError: it is missing, empty or not prepared.
         """
-        return SOURCES[self.source](**dataclasses.asdict(self))
+        source = SOURCES[self.source](**dataclasses.asdict(self))
+        return balanced(source, self.per_class, self.subset_seed) if self.per_class else source
 
     @functools.cached_property
     def examples(self) -> Source:
@@ -86,16 +93,39 @@ class Dataset:
         keep = self.cache and self.opened.encoded
         return decoded(self.opened, self.channels, self.cache) if keep else self.opened
 
+    @functools.cached_property
+    def ready(self) -> bool:
+        """Whether there is nothing to decode, crop or change: batches are rows of one array then."""
+        fits = self.examples.shape == (*self.image_size, self.channels)
+        return fits and self.augment == "none" and not self.flip and not self.randaugment
+
     def but(self, **changes) -> Dataset:
         """The same data set with other settings."""
         other = dataclasses.replace(self, **changes)
-        if changes.keys() <= {"augment", "flip", "repeats", "batch_size"}:
-            other.__dict__.update(opened=self.opened, examples=self.examples)  # the same images, not read again
+        if changes.keys() <= {"augment", "flip", "randaugment", "repeats", "batch_size"}:  # the same images
+            read = {key: self.__dict__[key] for key in ("opened", "examples") if key in self.__dict__}
+            other.__dict__.update(read)  # not read again
         return other
 
+    def plain(self) -> Dataset:
+        """The same images as they are seen in evaluation."""
+        return self.but(augment=self.held_out_augment, flip=False, randaugment=0.0, repeats=1)
+
     def held_out_set(self) -> Dataset:
-        """The images to evaluate on: never augmented."""
-        return self.but(split=self.held_out, augment="none", flip=False, repeats=1)
+        """The images to evaluate on."""
+        return self.plain().but(split=self.held_out, per_class=0)  # another split, so opened anew
+
+    @property
+    def augmented(self) -> bool:
+        """Whether an image is another one each time that it is seen in training."""
+        return self.augment not in DRAWING_NOTHING or self.flip or self.randaugment > 0
+
+    def holding(self, rows: np.ndarray, labels: np.ndarray) -> Dataset:
+        """A data set of rows [n,...] of any kind in place of images, to which nothing is done; of the same classes."""
+        source = in_memory(rows, labels, self.split, self.opened.labels)
+        other = dataclasses.replace(self, cache="", per_class=0)
+        other.__dict__.update(opened=source, examples=source, ready=True)
+        return other
 
     def shuffled(self, seed: int, start: int, sharding: Sharding) -> Iterator[dict]:
         """Batches `start`, `start` + 1, ... of an endless run over the data, each epoch in an order of its own."""
@@ -137,8 +167,7 @@ class Dataset:
             weight = (place < end).astype(np.float32)
             return {"place": place, "index": index, "image": image, "label": label.astype(np.int32), "weight": weight}
 
-        # where there is nothing to decode, crop or flip, batches are rows of one array
-        ready = self.examples.shape == (*self.image_size, self.channels) and self.augment == "none" and not self.flip
+        ready = self.ready
         named = set()
         for batch in map(read, steps) if ready else self._prepared(read, places, steps, seed):
             image = batch["image"]

@@ -18,6 +18,7 @@ from mae_jax.errors import ConfigError, nearest
 with epy.lazy_imports():
     import tensorflow_datasets as tfds  # imports TensorFlow, which takes seconds
 
+LABELS_AT_ONCE = 4096  # read together where only labels are wanted
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -74,6 +75,35 @@ def in_memory(images: np.ndarray, labels: np.ndarray, split: str, names: Sequenc
         name=lambda index: f"{split} image {index}",
         shape=images.shape[1:],
         labels=tuple(names),
+    )
+
+
+def balanced(source: Source, per_class: int, seed: int) -> Source:
+    """`per_class` examples of each class of `source`, drawn without replacement; the same ones for the same `seed`.
+
+    Raises:
+      ConfigError: there are no classes, or one has fewer examples.
+    """
+    if not source.labels:
+        raise ConfigError("config.data.per_class: this data set has no labels, of at least two classes; set it to 0")
+    chunks = [np.arange(i, min(i + LABELS_AT_ONCE, source.size)) for i in range(0, source.size, LABELS_AT_ONCE)]
+    labels = np.concatenate([source.read(index)[1] for index in chunks])
+    counts = np.bincount(labels[labels >= 0], minlength=len(source.labels))
+    if counts.min() < per_class:
+        fewest = int(counts.argmin())
+        raise ConfigError(
+            f"config.data.per_class: {per_class}, but class {source.labels[fewest]!r} has {counts[fewest]} images"
+        )
+    order = np.random.RandomState(seed).permutation(source.size)  # its numbers are promised never to change
+    kept = [order[labels[order] == c][:per_class] for c in range(len(source.labels))]
+    index = np.sort(np.concatenate(kept))
+    identity = source.identity and (lambda: f"{source.identity()} {per_class} a class {seed}")
+    return dataclasses.replace(
+        source,
+        size=len(index),
+        read=lambda at: source.read(index[at]),
+        name=lambda at: source.name(int(index[at])),
+        identity=identity,
     )
 
 

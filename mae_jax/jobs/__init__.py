@@ -1,12 +1,17 @@
 """The only code that reads a config. A command is a file here with `run(config, workdir)` and a docstring as its help.
 
-Beside the commands: `checks`, what can be wrong with a config; `models`, from a config or a path to a model;
-`panels`, pictures of reconstructions.
+Beside the commands: `runs`, what all training has in common; `classification`, what jobs with a classifier have;
+`checks`, what can be wrong with a config; `models`, from a config or a path to a model; `features`, of images;
+`panels`, pictures of reconstructions; `plots`, curves and confusion matrices.
 """
 
 # name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it
 JOBS = {
     "prepare": "download or read a TFDS data set and store it for random access",
     "pretrain": "train a masked autoencoder",
+    "probe": "train a linear classifier on a frozen encoder",
+    "finetune": "train an encoder with a classifier on it, whole or in part, or from nothing",
+    "knn": "classify by nearest neighbours among an encoder's features",
+    "evaluate": "evaluate a probed or fine-tuned model on any split or data set",
     "reconstruct": "picture what a trained autoencoder makes of images, at any mask ratio",
 }

@@ -7,53 +7,120 @@ from collections.abc import Iterable
 import jax
 from ml_collections import ConfigDict
 
+from mae_jax.config import complete
 from mae_jax.data.augment import AUGMENTATIONS
+from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import SOURCES
-from mae_jax.errors import nearest
-from mae_jax.model import masking, targets
+from mae_jax.errors import ConfigError, UserError, nearest
+from mae_jax.jobs import models
+from mae_jax.model import classifier, masking, targets
 from mae_jax.model.patches import grid_of
+from mae_jax.model.vit import POSITIONS
 from mae_jax.training import optim
+from mae_jax.training.loop import total_steps
+
+NO_INIT = "config.init: empty; name the workdir of a training run, or one of its checkpoints"
+
+# The least values of settings that count something.
+LEAST = {
+    "data": {"per_class": 0, "subset_seed": 0},
+    "log": {"every": 1},
+    "eval": {"every": 0, "images": 1},
+    "monitor": {"every": 0, "bank": 1, "queries": 1, "k": 1},
+    "pictures": {"every": 0, "count": 1},
+    "checkpoint": {"every": 0, "keep": 1, "keep_every": 0},
+}
 
 
-def model_problems(config: ConfigDict) -> list[str]:
-    """What is wrong with the model's numbers, one line each."""
+def autoencoder_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with the numbers of an autoencoder and its task, one line each."""
     data, encoder, decoder = config.data, config.encoder, config.decoder
     problems = sampling_problems(config) + unknown_names(
-        {
-            "config.target.name": (config.target.name, targets.TARGETS),
-            "config.dtype": (config.dtype, ("float32", "bfloat16")),
-        }
+        {"config.target.name": (config.target.name, targets.TARGETS)} | dtype_choice(config)
     )
     patch = encoder.patch_size
     if config.target.name == "normalized_pixels" and patch**2 * data.channels < 2:
         problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
-    if len(data.image_size) != 2 or min(data.image_size) < 1 or patch < 1 or any(s % patch for s in data.image_size):
+    if encoder.drop_path or not encoder.final_norm:
+        problems.append("config.encoder: drop_path and final_norm=False are for fine-tuning; leave them out")
+    wrong = image_size_problems(config)
+    problems += wrong or ratio_problems(config, grid_of(data.image_size, patch))
+    return problems + transformer_problems("encoder", encoder, 1) + transformer_problems("decoder", decoder, 0)
+
+
+def classifier_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with the numbers of a classifier, one line each."""
+    encoder, head = config.encoder, config.head
+    problems = seed_problems(config) + image_size_problems(config) + transformer_problems("encoder", encoder, 1)
+    problems += unknown_names(
+        dtype_choice(config)
+        | {
+            "config.head.pool": (head.pool, classifier.POOLS),
+            "config.head.norm": (head.norm, classifier.NORMS),
+        }
+    )
+    if head.head_std < 0:
+        problems.append(f"config.head.head_std: {head.head_std} is below 0")
+    for group, keys in {"mixup": ("probability", "label_smoothing"), "erasing": ("probability",)}.items():
+        for key in keys if group in config else ():
+            if not 0 <= config[group][key] <= 1:
+                problems.append(f"config.{group}.{key}: {config[group][key]} is not between 0 and 1")
+    for key in ("mixup", "cutmix") if "mixup" in config else ():
+        if config.mixup[key] < 0:
+            problems.append(f"config.mixup.{key}: {config.mixup[key]} is below 0; 0 is off")
+    if "ema" in config and not 0 <= config.ema < 1:
+        problems.append(f"config.ema: {config.ema} is not between 0 (off) and 1")
+    if "trainable" in config:
+        try:
+            classifier.trainable("head/kernel", encoder.depth, config.trainable)
+        except ValueError as error:
+            problems.append(f"config.trainable: {error}")
+    return problems
+
+
+def dtype_choice(config: ConfigDict) -> dict:
+    """config.dtype and what it may be, for `unknown_names`."""
+    return {"config.dtype": (config.dtype, ("float32", "bfloat16"))}
+
+
+def image_size_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with config.data.image_size for the encoder's patches: a line, or none."""
+    size, patch = config.data.image_size, config.encoder.patch_size
+    if len(size) == 2 and min(size) >= 1 and patch >= 1 and not any(side % patch for side in size):
+        return []
+    return [
+        f"config.data.image_size: {tuple(size)} is not (height, width), both divisible by "
+        f"config.encoder.patch_size {patch}"
+    ]
+
+
+def transformer_problems(group: str, part: ConfigDict, least: int) -> list[str]:
+    """What is wrong with the sizes of the encoder or decoder, of at least so many blocks, one line each."""
+    problems = []
+    if part.width < 4 or part.width % 4 or part.heads < 1 or part.width % part.heads:
         problems.append(
-            f"config.data.image_size: {tuple(data.image_size)} is not (height, width), both divisible by "
-            f"config.encoder.patch_size {patch}"
+            f"config.{group}.width: {part.width} is not divisible by 4 (for its positions) and by "
+            f"config.{group}.heads {part.heads}"
         )
-    else:
-        problems += ratio_problems(config, grid_of(data.image_size, patch))
-    for group, part in {"encoder": encoder, "decoder": decoder}.items():
-        least = 1 if group == "encoder" else 0
-        if part.width < 4 or part.width % 4 or part.heads < 1 or part.width % part.heads:
-            problems.append(
-                f"config.{group}.width: {part.width} is not divisible by 4 (for its positions) and by "
-                f"config.{group}.heads {part.heads}"
-            )
-        if part.depth < least:
-            problems.append(f"config.{group}.depth: {part.depth} is below {least}")
-        if part.mlp_ratio * max(part.width, 1) < 1:
-            problems.append(f"config.{group}.mlp_ratio: {part.mlp_ratio} times the width leaves no hidden unit")
+    if part.depth < least:
+        problems.append(f"config.{group}.depth: {part.depth} is below {least}")
+    if part.mlp_ratio * max(part.width, 1) < 1:
+        problems.append(f"config.{group}.mlp_ratio: {part.mlp_ratio} times the width leaves no hidden unit")
+    if group == "encoder":
+        problems += unknown_names({"config.encoder.positions": (part.positions, POSITIONS)})
+        if not 0 <= part.drop_path < 1:
+            problems.append(f"config.encoder.drop_path: {part.drop_path} is not between 0 and 1")
     return problems
 
 
 def sampling_problems(config: ConfigDict) -> list[str]:
     """What is wrong with config.mask.name and config.seed, one line each."""
-    problems = unknown_names({"config.mask.name": (config.mask.name, masking.SAMPLERS)})
-    if not 0 <= config.seed < 2**32:
-        problems.append(f"config.seed: {config.seed} is not between 0 and {2**32 - 1}")
-    return problems
+    return unknown_names({"config.mask.name": (config.mask.name, masking.SAMPLERS)}) + seed_problems(config)
+
+
+def seed_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with config.seed: a line, or none."""
+    return [] if 0 <= config.seed < 2**32 else [f"config.seed: {config.seed} is not between 0 and {2**32 - 1}"]
 
 
 def ratio_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
@@ -72,6 +139,7 @@ def run_problems(config: ConfigDict) -> list[str]:
         {
             "config.data.source": (data.source, SOURCES),
             "config.data.augment": (data.augment, AUGMENTATIONS),
+            "config.data.held_out_augment": (data.held_out_augment, AUGMENTATIONS),
             "config.optim.name": (config.optim.name, optim.OPTIMIZERS),
         }
     )
@@ -103,29 +171,94 @@ def run_problems(config: ConfigDict) -> list[str]:
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] or (key == "scale" and bounds[1] > 1):
             above = " above 0, up to 1" if key == "scale" else " above 0"
             problems.append(f"config.data.{key}: {tuple(bounds)} is not a range (low, high){above}")
-    length = next((key for key in ("steps", "epochs") if train[key] is not None), None)
-    if length is None:
+    if length(config) is None:
         problems.append("config.train: neither steps nor epochs is given")
-    elif train[length] <= 0:
-        problems.append(f"config.train.{length}: {train[length]} is not above 0")
-    for key in ("base_learning_rate", "warmup_epochs", "weight_decay", "b1", "b2"):
+    elif length(config) <= 0:
+        key = "steps" if train.steps is not None else "epochs"
+        problems.append(f"config.train.{key}: {length(config)} is not above 0")
+    for key in ("base_learning_rate", "min_learning_rate", "warmup_epochs", "weight_decay", "b1", "b2", "layer_decay"):
         value = config.optim[key]
         if value < 0 or (key in ("b1", "b2") and value >= 1):
             problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))
-    for group, key, least in (
-        ("log", "every", 1),
-        ("eval", "every", 0),
-        ("eval", "images", 1),
-        ("pictures", "every", 0),
-        ("pictures", "count", 1),
-        ("checkpoint", "every", 0),
-        ("checkpoint", "keep", 1),
-        ("checkpoint", "keep_every", 0),
-    ):
-        value = config[group][key]
-        if value is not None and value < least:
-            problems.append(f"config.{group}.{key}: {value} is below {least}")
+    if not 0 <= data.randaugment <= 10:
+        problems.append(f"config.data.randaugment: {data.randaugment} is not between 0 (off) and 10")
+    for group, keys in LEAST.items():
+        for key, least in keys.items() if group in config else ():
+            value = config[group][key]
+            if value is not None and value < least:
+                problems.append(f"config.{group}.{key}: {value} is below {least}")
     return problems
+
+
+def length(config: ConfigDict) -> float | None:
+    """config.train.steps, where given, or else epochs."""
+    return config.train.steps if config.train.steps is not None else config.train.epochs
+
+
+def data_problems(config: ConfigDict, data: Dataset, held_out: Dataset, labelled: bool = False) -> list[str]:
+    """What is wrong with the training and the held-out data once they are opened, one line each.
+
+    Args:
+      labelled: whether there must be classes, the same ones in both.
+    """
+    problems, sources = [], {}
+    for name, part in {"training": data, "held-out": held_out}.items():
+        try:
+            source = sources[name] = part.opened
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if source.shape and source.shape[-1] != data.channels:
+            problems.append(
+                f"config.data.channels: {data.source} has images of {source.shape[-1]} channel(s), not {data.channels}"
+            )
+        least = data.batch_size if name == "training" and "train" in config else 1
+        if source.size < least:
+            problems.append(
+                f"config.data: the {name} split {part.split!r} has {source.size} images, fewer than "
+                + (f"config.data.batch_size {least}" if least > 1 else "one")
+            )
+        elif name == "training" and "train" in config and (length(config) or 0) > 0:
+            steps = total_steps(source.size // least, **config.train)
+            if not 1 <= steps < 2**31:
+                problems.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
+        if labelled and not source.labels:
+            problems.append(f"config.data: the {name} split {part.split!r} has no labels, of at least two classes")
+    if labelled and len({source.labels for source in sources.values()}) > 1:
+        problems.append("config.data: the training and the held-out split have other classes")
+    return problems
+
+
+def untold(problems: list[str], more: list[str]) -> list[str]:
+    """Those of `more` about settings that `problems` does not mention: of one that is wrong, the rest is no matter."""
+    told = [problem.split(":")[0] for problem in problems]
+    return [problem for problem in more if not any(key.startswith(problem.split(":")[0]) for key in told)]
+
+
+WITHOUT_WHICH_NO_DATA = tuple(f"config.data.{key}" for key in ("source", "batch_size", "channels", "image_size"))
+
+
+def complete_for_trained(config: ConfigDict, schema: dict, values: dict) -> tuple[ConfigDict, ConfigDict, list[str]]:
+    """The config of a job that looks at a trained model, with its defaults; the config of that model; what is wrong.
+
+    Raises:
+      UserError: either is missing.
+    """
+    config, problems = complete(config, schema, values)
+    if config is None:
+        raise ConfigError(problems)
+    if not config.init:
+        raise ConfigError([*problems, NO_INIT])
+    try:
+        return config, models.load_config(config.init), problems
+    except UserError as error:
+        raise ConfigError([*problems, *error.problems]) if problems else error from None
+
+
+def raise_if_no_data(problems: list[str]) -> None:
+    """A ConfigError where there is no sense in opening the data."""
+    if any(problem.startswith(WITHOUT_WHICH_NO_DATA) for problem in problems):
+        raise ConfigError(problems)
 
 
 def unknown_names(choices: dict[str, tuple[str, Iterable[str]]]) -> list[str]:

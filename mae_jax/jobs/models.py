@@ -7,15 +7,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.pipeline import Dataset
+from mae_jax.errors import CheckpointError
 from mae_jax.model import masking, targets
 from mae_jax.model.mae import MAE, Decoder
-from mae_jax.model.patches import grid_of
+from mae_jax.model.patches import grid_of, resize_positions, sincos_positions
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
 from mae_jax.training import checkpoint
+from mae_jax.training.optim import join, split
 
 
 def build(config: Mapping) -> tuple[MAE, Target]:
@@ -52,19 +55,71 @@ def load(path: str | Path) -> tuple[MAE, dict]:
       path: a workdir, whose newest checkpoint is read, or one checkpoint in it.
 
     Raises:
-      CheckpointError: there is none, or it does not fit its config.
+      CheckpointError: there is none, or it does not fit its config, or it is of a classifier.
     """
     config = load_config(path)
+    if "decoder" not in config:
+        raise CheckpointError(f"{path}: holds a classifier; name a workdir of pretrain, or one of its checkpoints")
     config.dtype = "float32"
     model, _ = build(config)
     abstract = jax.eval_shape(lambda: init(model, config, jax.random.key(0)))
-    return model, checkpoint.load_params(path, abstract)
+    return model, checkpoint.load(path, {"params": abstract})["params"]
 
 
 def load_encoder(path: str | Path) -> tuple[ViT, dict]:
-    """The encoder of `load(path)` alone: `encoder.apply({"params": params}, images)` gives f32[N,1+L,D].
+    """The encoder of any trained model: `encoder.apply({"params": params}, images)` gives f32[N,1+L,D].
 
-    Images are f32[N,H,W,C], normalised as in training: `normalize(images, **load_config(path).pixels)`.
+    Images are f32[N,H,W,C], normalised as in training: `normalize(images, **load_config(path).pixels)`. Of a model
+    with moving averages of its parameters, those are what is loaded.
+
+    Args:
+      path: a workdir of any training job, whose newest checkpoint is read, or one checkpoint in it.
+
+    Raises:
+      CheckpointError: there is none, or it does not fit its config.
     """
-    model, params = load(path)
-    return model.encoder, params["encoder"]
+    config = load_config(path)
+    encoder = ViT(**config.encoder)
+    abstract = {"encoder": encoder_shapes(encoder, config)}
+    params = checkpoint.load(path, {"params": abstract}, "params/encoder/")["params"]
+    return encoder, averaged(path, params)["encoder"]
+
+
+def encoder_shapes(encoder: ViT, config: Mapping) -> dict:
+    """The parameters of `encoder` for images as in `config`, as ShapeDtypeStructs."""
+    return jax.eval_shape(lambda images: encoder.init(jax.random.key(0), images), example_images(config))["params"]
+
+
+def averaged(path: str | Path, params: dict) -> dict:
+    """The parameters read from the checkpoint at `path`, with the moving averages of those that have one."""
+    kept = {name.removeprefix("ema/") for name in checkpoint.names_in(path) if name.startswith("ema/")}
+    inside, _ = split(params, kept.__contains__)
+    return join(params, checkpoint.load(path, {"ema": jax.eval_shape(lambda: inside)})["ema"]) if inside else params
+
+
+def encoder_to_start_from(config: ConfigDict) -> dict:
+    """The parameters of config.init's encoder, as those of the encoder that `config` describes.
+
+    Learned positions begin as those of config.init, whether those are learned or fixed, resized where the grid of
+    patches is another; a final norm that is not wanted is left out.
+
+    Raises:
+      CheckpointError: anything else is missing, unused or of another shape; all of it is listed.
+    """
+    trained = load_config(config.init)
+    encoder, before = ViT(**config.encoder), ViT(**trained.encoder)
+    wanted = encoder_shapes(encoder, config)
+    read = dict(wanted)
+    if before.positions == "learned":
+        read["positions"] = encoder_shapes(before, trained)["positions"]
+    else:
+        read.pop("positions", None)
+    if not encoder.final_norm and before.final_norm:
+        read["norm"] = encoder_shapes(ViT(**{**config.encoder, "final_norm": True}), config)["norm"]
+    params = checkpoint.load(config.init, {"params": {"encoder": read}}, "params/encoder/")["params"]
+    params = averaged(config.init, params)["encoder"]
+    if "positions" in wanted:
+        grids = [grid_of(c.data.image_size, c.encoder.patch_size) for c in (trained, config)]
+        fixed = np.pad(sincos_positions(grids[0], encoder.width), ((1, 0), (0, 0)))[None]  # [1,1+L,D]
+        params["positions"] = jnp.asarray(resize_positions(np.asarray(params.get("positions", fixed)), *grids))
+    return {name: params[name] for name in wanted}

@@ -16,84 +16,58 @@ The same command again goes on from the newest checkpoint, to the same result as
 from __future__ import annotations
 
 import functools
-import json
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
-from clu import parameter_overview
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import complete, flatten, make_workdir, to_json, write_json
+from mae_jax.config import complete
 from mae_jax.data.pipeline import Dataset
-from mae_jax.errors import CheckpointError, ConfigError, DataError
-from mae_jax.jobs import checks, models, panels
+from mae_jax.errors import ConfigError, DataError
+from mae_jax.jobs import checks, knn, models, panels
+from mae_jax.jobs.runs import Run
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.patches import grid_of, normalize
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
-from mae_jax.training import metrics, optim
-from mae_jax.training.checkpoint import Checkpoints, steps_in
+from mae_jax.training import optim
+from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.evaluate import weighted_means
-from mae_jax.training.loop import Hook, create_state, fit, make_train_step, total_steps
+from mae_jax.training.loop import Hook, fit, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
 WRITES_WORKDIR = True
 
 
+# What must stay as it is when a run goes on: the model, the order of the data and the randomness.
+FIXED = (
+    *("encoder.", "decoder.", "target.", "pixels.", "seed"),
+    *(f"data.{key}" for key in ("source", "name", "split", "image_size", "channels", "batch_size", "repeats")),
+)
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
-    began = time.time()
     config, data, held_out = check(config)
-    steps_per_epoch = data.opened.size // data.batch_size
-    steps = total_steps(steps_per_epoch, **config.train)
-    make_workdir(workdir)
-    compare_with_earlier_run(config, workdir)
-    checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
-    if (checkpoints.latest_step or 0) > steps:
-        raise ConfigError(
-            f"config.train: {steps} steps, but {workdir} has trained {checkpoints.latest_step}; "
-            "give more, or a new --workdir"
-        )
-    if checkpoints.latest_step == steps and (workdir / "summary.json").exists():
-        print(f"already complete: {workdir} has trained {steps} steps")
+    run = Run("pretrain", config, workdir, data, FIXED)
+    if run.complete:
         return
-    write_json(workdir / "config.json", to_json(config))
-    (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
-
-    mesh = make_mesh(**config.mesh)
-    init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
     model, target = models.build(config)
-    tx, schedule = optim.make(data.batch_size, steps, steps_per_epoch, **config.optim)
-    abstract, new_state = create_state(lambda: models.init(model, config, init_key), tx, mesh)
-    print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
-    state = new_state() if checkpoints.latest_step is None else checkpoints.restore(abstract)
-    start = int(state.step)
-    print(
-        f"{'resuming' if start else 'training'} from step {start} of {steps} on {mesh.size} device(s); compiling",
-        flush=True,
-    )
-
-    train_step = make_train_step(make_loss(model, target, config), tx, schedule, train_key, mesh)
-    batches = data.shuffled(config.seed, start, batch_sharding(mesh))
-    writer = metrics.Writer(workdir, start)
     hooks = [
-        evaluation(model, target, config, data, held_out, mesh, eval_key, writer, **config.eval),
-        pictures(model, target, config, held_out, eval_key, writer, **config.pictures),
-        (checkpoints.every, checkpoints.save),
+        evaluation(model, target, config, data, held_out, run, **config.eval),
+        pictures(model, target, config, held_out, run, **config.pictures),
     ]
-    progress = metrics.Progress(writer, steps, data.batch_size)
-    try:
-        fit(state, train_step, batches, steps, hooks, checkpoints.save, progress, **config.log)
-    finally:
-        checkpoints.close()
-        writer.close()
-    summarize(config, workdir, mesh, steps, time.time() - began)
+    if data.opened.labels and held_out.opened.labels:
+        hooks.append(knn.monitor(model.encoder, config, data, held_out, run, **config.monitor))
+    run.train(lambda key: (models.init(model, config, key), {}), make_loss(model, target, config), hooks)
+    final = run.final_metrics
+    if "eval/loss" in final:
+        loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
+        print(f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of predicting position means")
+    print(f"picture     {workdir}/reconstructions/step_{run.steps}.png")
 
 
 def hidden_patches(model: MAE, target: Target, config: ConfigDict, params, batch: dict, key: jax.Array):
@@ -107,11 +81,11 @@ def hidden_patches(model: MAE, target: Target, config: ConfigDict, params, batch
 
 
 def make_loss(model: MAE, target: Target, config: ConfigDict) -> Callable:
-    """The loss to minimise, `f(params, batch, key) -> f32[]`: the mean squared error on hidden patches."""
+    """The loss to minimise, `f(params, stats, batch, key)`: the mean squared error on hidden patches."""
 
-    def loss_fn(params, batch, key):
+    def loss_fn(params, stats, batch, key):
         pred, want, _ = hidden_patches(model, target, config, params, batch, key)
-        return losses.weighted_mean(losses.mse(pred, want), batch["weight"])
+        return losses.weighted_mean(losses.mse(pred, want), batch["weight"]), stats
 
     return loss_fn
 
@@ -122,9 +96,7 @@ def evaluation(
     config: ConfigDict,
     data: Dataset,
     held_out: Dataset,
-    mesh: Mesh,
-    key: jax.Array,
-    writer: metrics.Writer,
+    run: Run,
     *,
     every: int,
     images: int | None = None,
@@ -138,7 +110,7 @@ def evaluation(
       every: steps between evaluations; 0: only at the end.
       images: use only so many images of the held-out split, and of the training split for the baseline.
     """
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(run.mesh)
 
     @jax.jit
     def encode(_, batch, key):
@@ -153,16 +125,17 @@ def evaluation(
 
     @functools.cache
     def mean_patches():
-        plain = data.but(augment="none", flip=False)
-        mean, count = weighted_means(encode, None, plain.once(sharding, images), key)
+        plain = data.plain()
+        mean, count = weighted_means(encode, None, plain.once(sharding, images), run.eval_key)
         if not count:
             raise DataError(f"config.data: none of the images of the split {data.split!r} can be read")
         return mean
 
     def hook(state, step):
-        means, count = weighted_means(measure, (state.params, mean_patches()), held_out.once(sharding, images), key)
+        batches = held_out.once(sharding, images)
+        means, count = weighted_means(measure, (state.params, mean_patches()), batches, run.eval_key)
         if count:
-            writer.scalars(step, {f"eval/{name}": float(value) for name, value in means.items()})
+            run.writer.scalars(step, {f"eval/{name}": float(value) for name, value in means.items()})
             report = "  ".join(f"eval/{name} {value:.4f}" for name, value in means.items())
             print(f"step {step}  {report}  on {count} held-out images", flush=True)
 
@@ -174,20 +147,19 @@ def pictures(
     target: Target,
     config: ConfigDict,
     held_out: Dataset,
-    key: jax.Array,
-    writer: metrics.Writer,
+    run: Run,
     *,
     every: int,
     count: int = 8,
 ) -> Hook:
     """A hook that draws the same `count` held-out images under the same masks, every `every` steps."""
     images, _ = panels.first_images(held_out, count)
-    mask = panels.sample_mask(config, key, len(images))
+    mask = panels.sample_mask(config, run.eval_key, len(images))
     draw = panels.make_panels(model, target, config)
 
     def hook(state, step):
         drawn, _ = draw(state.params, images, mask)
-        writer.picture(step, "reconstructions", panels.sheet(np.asarray(drawn)))
+        run.writer.picture(step, "reconstructions", panels.sheet(np.asarray(drawn)))
 
     return every, hook
 
@@ -204,17 +176,12 @@ SCHEMA = {
     "train": total_steps,
     "log": fit,
     "eval": evaluation,
+    "monitor": knn.monitor,
     "pictures": pictures,
     "checkpoint": Checkpoints,
     "mesh": make_mesh,
 }
 VALUES = {"seed": int, "dtype": str}
-WITHOUT_WHICH_NO_DATA = (
-    "config.data.source",
-    "config.data.batch_size",
-    "config.data.channels",
-    "config.data.image_size",
-)
 
 
 def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
@@ -226,95 +193,11 @@ def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
     config, problems = complete(config, SCHEMA, VALUES)
     if config is None:
         raise ConfigError(problems)
-    told = [problem.split(":")[0] for problem in problems]  # of a setting that is wrong, the rest does not matter
-    for problem in checks.model_problems(config) + checks.run_problems(config):
-        if not any(key.startswith(problem.split(":")[0]) for key in told):
-            problems.append(problem)
-    if any(problem.startswith(WITHOUT_WHICH_NO_DATA) for problem in problems):
-        raise ConfigError(problems)
+    problems += checks.untold(problems, checks.autoencoder_problems(config) + checks.run_problems(config))
+    checks.raise_if_no_data(problems)
     data = Dataset(**config.data)
     held_out = data.held_out_set()
-    for name, part in {"training": data, "held-out": held_out}.items():
-        try:
-            source = part.opened
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        if source.shape and source.shape[-1] != data.channels:
-            problems.append(
-                f"config.data.channels: {data.source} has images of {source.shape[-1]} channel(s), not {data.channels}"
-            )
-        least = data.batch_size if name == "training" else 1
-        if source.size < least:
-            problems.append(
-                f"config.data: the {name} split {part.split!r} has {source.size} images, fewer than "
-                + (f"config.data.batch_size {least}" if name == "training" else "one")
-            )
-        elif name == "training" and not any(problem.startswith("config.train") for problem in problems):
-            steps = total_steps(source.size // least, **config.train)
-            if not 1 <= steps < 2**31:
-                problems.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
+    problems += checks.data_problems(config, data, held_out)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return config, data, held_out
-
-
-def compare_with_earlier_run(config: ConfigDict, workdir: Path) -> None:
-    """Make sure that what is in `workdir` can go on as `config` says; print what is different but may be.
-
-    Raises:
-      ConfigError: the model, the order of the data or the randomness would be another.
-    """
-    path = workdir / "config.json"
-    if not steps_in(workdir / "checkpoints") or not path.exists():
-        return
-    fixed = (
-        "encoder.",
-        "decoder.",
-        "target.",
-        "pixels.",
-        "data.source",
-        "data.name",
-        "data.split",
-        "data.image_size",
-        "data.channels",
-        "data.batch_size",
-        "data.repeats",
-        "seed",
-    )
-    try:
-        before, now = flatten(json.loads(path.read_text())), flatten(to_json(config))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable ({error}); copy that of the newest checkpoint over it") from error
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    told = {key: f"config.{key}: {before.get(key)} in {path}, now {now.get(key)}" for key in changed}
-    refused = [f"{told[key]}; use a new --workdir" for key in changed if key.startswith(fixed)]
-    if refused:
-        raise ConfigError(refused)
-    for line in told.values():
-        print(f"changed: {line}")
-
-
-def summarize(config: ConfigDict, workdir: Path, mesh: Mesh, steps: int, seconds: float) -> None:
-    """Write summary.json and say where everything is."""
-    final = {}
-    for line in metrics.read(workdir / "metrics.jsonl"):
-        final.update(line)
-    final.pop("step", None)
-    summary = {
-        "job": "pretrain",
-        "steps": steps,
-        "images_seen": steps * config.data.batch_size,
-        "wall_time_seconds": round(seconds, 1),
-        "device": jax.devices()[0].device_kind,
-        "device_count": mesh.size,
-        "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
-        "metrics": final,
-    }
-    write_json(workdir / "summary.json", summary)
-    if "eval/loss" in final:
-        loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
-        print(f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of predicting position means")
-    print(f"picture     {workdir}/reconstructions/step_{steps}.png")
-    print(f"metrics     {workdir}/metrics.jsonl, {workdir}/summary.json; tensorboard --logdir {workdir}")
-    print(f"checkpoint  {workdir}/checkpoints/{steps}")

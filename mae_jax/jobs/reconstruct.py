@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.config import complete, make_workdir, to_json, write_json
+from mae_jax.config import make_workdir, to_json, write_json
 from mae_jax.data.pipeline import Dataset
-from mae_jax.errors import ConfigError, UserError
+from mae_jax.errors import ConfigError
 from mae_jax.jobs import checks, models, panels
 from mae_jax.model import masking
 from mae_jax.model.patches import grid_of
@@ -68,19 +68,11 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
     Raises:
       UserError: with all that is wrong, before anything is compiled.
     """
-    config, problems = complete(config, SCHEMA, VALUES)
-    if config is None:
-        raise ConfigError(problems)
-    if not config.init:
-        raise ConfigError(
-            [*problems, "config.init: empty; name the workdir of a pretrain run, or one of its checkpoints"]
-        )
+    config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES)
+    if "decoder" not in trained:
+        raise ConfigError([*problems, f"config.init: {config.init} holds a classifier; name a run of pretrain"])
     if config.count < 1:
         problems.append(f"config.count: {config.count} is below 1")
-    try:
-        trained = models.load_config(config.init)
-    except UserError as error:
-        raise ConfigError([*problems, *error.problems]) if problems else error from None
     problems += checks.sampling_problems(config)
     problems += checks.ratio_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask

@@ -112,43 +112,53 @@ def load_config(path: str | Path) -> dict:
         raise CheckpointError(f"{file}: not readable ({error}); use another checkpoint") from error
 
 
-def load_params(path: str | Path, abstract: dict) -> dict:
-    """Only the parameters of the checkpoint at `path`, on the first local device.
+def load(path: str | Path, abstract: dict, whole: str = "params") -> dict:
+    """A part of the state in the checkpoint at `path`, on the first local device.
 
     Args:
       path: a workdir or a checkpoint.
-      abstract: the tree to read, as ShapeDtypeStructs; it may be a part of what is stored.
+      abstract: the tree to read, as ShapeDtypeStructs: {"params": {"encoder": ...}}.
+      whole: where the checkpoint may hold nothing but what is read, such as "params/encoder".
 
     Raises:
-      CheckpointError: there is no checkpoint, or names, shapes or dtypes differ.
+      CheckpointError: there is no checkpoint, or names, shapes or dtypes differ; all that do are listed.
     """
     where = locate(path)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     folder = epath.Path(where.absolute() / "state")
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        _compare(handler.metadata(folder).tree, abstract, where, partly=True)
+        _compare(handler.metadata(folder).tree, abstract, where, whole)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
-        restored = handler.restore(folder, args=args)
-    return restored["params"]
+        return handler.restore(folder, args=args)
 
 
-def _compare(stored, wanted, where, partly: bool = False) -> None:
-    """Raise a CheckpointError that lists every leaf that is missing, unknown or of another shape or dtype.
+def names_in(path: str | Path) -> set[str]:
+    """The names of all that the checkpoint at `path` holds, such as "params/encoder/cls_token"."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return set(_leaves(handler.metadata(epath.Path(locate(path).absolute() / "state")).tree))
 
-    Orbax itself restores a missing leaf as a ShapeDtypeStruct without a word.
+
+def _leaves(tree) -> dict[str, tuple]:
+    """Shape and dtype of each leaf, by its path."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in paths}
+
+
+def _compare(stored, wanted, where, whole: str = "") -> None:
+    """Raise a CheckpointError that lists every leaf that is missing, unused or of another shape or dtype.
+
+    Orbax itself restores a missing leaf as a ShapeDtypeStruct without a word. Of what is stored but not wanted, only
+    that below `whole` counts.
     """
-
-    def leaves(tree):
-        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in paths}
-
-    stored, wanted = leaves(stored), leaves(wanted)
-    problems = [f"{where}: no {name} {wanted[name]}" for name in wanted if name not in stored]
-    problems += [f"{where}: unknown {name} {stored[name]}" for name in stored if name not in wanted and not partly]
+    stored, wanted = _leaves(stored), _leaves(wanted)
+    problems = [f"{where}: missing: {name} {wanted[name]}" for name in wanted if name not in stored]
     problems += [
-        f"{where}: {name} is {stored[name]}, not {wanted[name]}"
+        f"{where}: unused: {name} {stored[name]}" for name in stored if name not in wanted and name.startswith(whole)
+    ]
+    problems += [
+        f"{where}: misshapen: {name} is {stored[name]}, not {wanted[name]}"
         for name in wanted
         if name in stored and stored[name] != wanted[name]
     ]

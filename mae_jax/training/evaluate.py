@@ -1,4 +1,4 @@
-"""Exact means over a data set whose last batch is padded."""
+"""Exact sums and means over a data set whose last batch is padded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+TOP = 5  # guesses that may hold the right one for top-5
 
 
 def weighted_means(measure: Callable, params, batches: Iterable[dict], key: jax.Array) -> tuple[dict, int]:
@@ -39,3 +42,37 @@ def _weighted_sums(values, weight):
         return jnp.where(w > 0, v * w, 0).sum(axis=0)
 
     return jax.tree.map(total, values), weight.sum()
+
+
+def tally(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """What a classifier made of a batch: sums over the examples of weight 1 that have a label.
+
+    Args:
+      logits: f32[N,C].
+      labels: i32[N]; -1 where there is none.
+      weight: f32[N], 0 for padding.
+
+    Returns:
+      `loss` f32[], the cross-entropy; `top5` f32[], right within five guesses; `confusion` f32[C,C], examples by their
+      class (row) and the first guess (column). Of equal logits the first class counts as the higher one.
+    """
+    classes = logits.shape[-1]
+    weight = jnp.where(labels >= 0, weight, 0.0)
+    _, guesses = jax.lax.top_k(logits, min(TOP, classes))
+    truth = jax.nn.one_hot(labels, classes)
+    loss = -jnp.sum(jax.nn.log_softmax(logits) * truth, axis=-1)
+    right = jnp.any(guesses == labels[:, None], axis=-1)
+    return {
+        "loss": jnp.sum(jnp.where(weight > 0, loss, 0.0)),
+        "top5": jnp.sum(weight * right),
+        "confusion": (truth * weight[:, None]).T @ jax.nn.one_hot(guesses[:, 0], classes),  # whole numbers: exact
+    }
+
+
+def sums(measure: Callable, args, batches: Iterable[dict]) -> dict[str, np.ndarray]:
+    """Add up what a jitted `measure(args, batch) -> {name: sum over the batch}` gives, in float64; {} of no batch."""
+    total = {}
+    for batch in batches:
+        values = jax.device_get(measure(args, batch))
+        total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in values.items()}
+    return total

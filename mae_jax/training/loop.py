@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mae_jax.errors import Interrupted
 from mae_jax.training.metrics import Progress
+from mae_jax.training.optim import join, split
 from mae_jax.training.sharding import state_sharding
 
 
@@ -23,7 +24,19 @@ class State:
 
     step: jax.Array  # i32[]
     params: dict
-    opt_state: optax.OptState
+    opt_state: optax.OptState  # of the trained parameters
+    stats: dict  # what a step moves without a gradient: running means of batch norms
+    ema: dict  # moving averages of the trained parameters; {} where none are kept
+
+    @property
+    def averaged(self) -> dict:
+        """The parameters to evaluate: the moving averages of those that have one, the others as they are."""
+        return join(self.params, self.ema)
+
+
+def all_of(path: str) -> bool:
+    """Every parameter is trained."""
+    return True
 
 
 def total_steps(steps_per_epoch: int, *, steps: int | None = None, epochs: float | None = None) -> int:
@@ -31,21 +44,30 @@ def total_steps(steps_per_epoch: int, *, steps: int | None = None, epochs: float
     return steps if steps is not None else round((epochs or 0) * steps_per_epoch)
 
 
-def create_state(init: Callable, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[State, Callable[[], State]]:
+def create_state(
+    init: Callable,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    trained: Callable[[str], bool] = all_of,
+    ema: float = 0.0,
+) -> tuple[State, Callable[[], State]]:
     """Describe the first state, and how to make it.
 
     Shapes first, then shardings, then arrays: nothing is ever whole on one device that the mesh says is split.
 
     Args:
-      init: `f() -> params`.
+      init: `f() -> (params, stats)`.
+      trained, ema: as in `make_train_step`.
 
     Returns:
       The state as `ShapeDtypeStruct`s that carry shardings, and a function that computes it.
     """
 
     def create():
-        params = init()
-        return State(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+        params, stats = init()
+        inside, _ = split(params, trained)
+        averages = jax.tree.map(jnp.copy, inside) if ema else {}  # donated, so no two may be one array
+        return State(jnp.zeros((), jnp.int32), params, tx.init(inside), stats, averages)
 
     shapes = jax.eval_shape(create)
     shardings = state_sharding(shapes, mesh)
@@ -54,20 +76,36 @@ def create_state(init: Callable, tx: optax.GradientTransformation, mesh: Mesh) -
 
 
 def make_train_step(
-    loss_fn: Callable, tx: optax.GradientTransformation, schedule: optax.Schedule, key: jax.Array, mesh: Mesh
+    loss_fn: Callable,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    key: jax.Array,
+    mesh: Mesh,
+    trained: Callable[[str], bool] = all_of,
+    ema: float = 0.0,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The jitted update: (state, batch) -> (new state, scalars). The old state's memory is reused.
 
     Args:
-      loss_fn: `f(params, batch, key) -> loss f32[]`; `key` is `key` folded with the step, so that any step can be
-        replayed from its number and no key is ever stored.
+      loss_fn: `f(params, stats, batch, key) -> (loss f32[], new stats)`; `key` is `key` folded with the step, so that
+        any step can be replayed from its number and no key is ever stored.
+      trained: whether the parameter of a path such as "encoder/block_0/mlp/in/kernel" is trained. The others have no
+        gradient and no moments, and nothing is computed for what lies before the first that is.
+      ema: how much of their moving average the trained parameters keep at each step; 0: there is none.
     """
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: State, batch: dict):
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, jax.random.fold_in(key, state.step))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        new_state = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        inside, outside = split(state.params, trained)
+
+        def loss_of(inside):
+            return loss_fn(join(inside, outside), state.stats, batch, jax.random.fold_in(key, state.step))
+
+        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(inside)
+        updates, opt_state = tx.update(grads, state.opt_state, inside)
+        inside = optax.apply_updates(inside, updates)
+        averages = optax.incremental_update(inside, state.ema, 1 - ema) if ema else {}
+        new_state = State(state.step + 1, join(inside, outside), opt_state, stats, averages)
         # of halves, so that the squares are not Adam's: XLA would write down what two places need
         norm = 2 * optax.tree.norm(jax.tree.map(lambda g: 0.5 * g, grads))
         scalars = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step)}

@@ -1,0 +1,60 @@
+"""Features of images, one vector each, computed once: what k-NN and a probe without augmentation work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mae_jax.data.pipeline import Dataset
+from mae_jax.errors import DataError
+from mae_jax.model.classifier import POOLS
+from mae_jax.model.patches import normalize
+from mae_jax.model.vit import ViT
+from mae_jax.training.sharding import batch_sharding
+
+
+def make_extract(encoder: ViT, pool: str, pixels: dict) -> Callable:
+    """A jitted `f(params of the encoder, images uint8[N,H,W,C]) -> f32[N,D]`; `pool` is a row of `POOLS`, or "pixels".
+
+    "pixels" are the normalised pixels themselves, what any encoder has to beat.
+    """
+
+    @jax.jit
+    def extract(params, images):
+        x = normalize(images, **pixels)
+        if pool == "pixels":
+            return x.reshape(len(x), -1)
+        return POOLS[pool](encoder.apply({"params": params}, x).astype(jnp.float32))
+
+    return extract
+
+
+def collect(
+    extract: Callable, params, data: Dataset, mesh: Mesh, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features f32[n,D] and labels i64[n] of all images of `data` that can be read, in order; whole on every host.
+
+    Args:
+      extract: from `make_extract`.
+      limit: take only so many images, evenly spread over the data.
+
+    Raises:
+      DataError: none can be read.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    gather = jax.jit(lambda parts: parts, out_shardings=everywhere)
+    found = []
+    for batch in data.once(batch_sharding(mesh), limit):
+        parts = {"feature": extract(params, batch["image"]), "label": batch["label"], "weight": batch["weight"]}
+        found.append(jax.device_get(gather(parts)))
+    kept = [part["weight"] > 0 for part in found]
+    if not any(map(np.any, kept)):
+        raise DataError(f"config.data: none of the images of the split {data.split!r} can be read")
+    features, labels = (
+        np.concatenate([part[key][k] for part, k in zip(found, kept, strict=True)]) for key in ("feature", "label")
+    )
+    return features, labels.astype(np.int64)

@@ -1,0 +1,102 @@
+"""Fine-tune an encoder with a classifier on it, or train the same from nothing (paper section 4, appendix A.1 and A.2).
+
+    mae-jax finetune --config=configs/finetune.py:fashion_mnist --config.init=runs/fashion_mnist --workdir=runs/tuned
+
+Reads the encoder of config.init, a workdir of any training job or one of its checkpoints, and the data set that
+config.data names, which needs labels. Where config.init is empty, training begins with random weights. Which part is
+trained is config.trainable: all; head; norms; or so many of the last blocks, 0.5 being the MLP of the last one.
+Writes into the workdir:
+
+    config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json    as pretrain does
+    results.json                     what was evaluated, from which checkpoint, on how many images: top-1, top-5, ...
+    confusion.png, curve.png         the same as pictures
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from mae_jax.data.erasing import erase
+from mae_jax.data.mixup import mix
+from mae_jax.data.pipeline import Dataset
+from mae_jax.jobs import classification, models
+from mae_jax.jobs.runs import Run
+from mae_jax.model import losses
+from mae_jax.model.classifier import Classifier, layer_of, trainable
+from mae_jax.model.patches import normalize
+from mae_jax.model.vit import ViT
+from mae_jax.training import optim
+from mae_jax.training.checkpoint import Checkpoints
+from mae_jax.training.loop import fit, total_steps
+from mae_jax.training.sharding import make_mesh
+
+WRITES_WORKDIR = True
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Train as `config` says, or go on with what is in `workdir`."""
+    config, data, held_out = check(config)
+    start = {"encoder": models.encoder_to_start_from(config)} if config.init else {}
+    run = Run("finetune", config, workdir, data, classification.FIXED)
+    if run.complete:
+        return
+    model = classification.build(config)
+    depth = model.encoder.depth
+    hooks = [classification.evaluation(held_out, run, classification.logits_of(model, config), **config.eval)]
+    run.train(
+        lambda key: classification.init(model, config, key),
+        make_loss(model, config),
+        hooks,
+        start=start,
+        trained=partial(trainable, depth=depth, what=config.trainable),
+        layer_of=partial(layer_of, depth=depth),
+        ema=config.ema,
+    )
+
+
+def make_loss(model: Classifier, config: ConfigDict):
+    """The loss to minimise, `f(params, stats, batch, key)`: the cross-entropy of augmented images."""
+
+    def loss_fn(params, stats, batch, key):
+        erase_key, mix_key, path_key = jax.random.split(key, 3)
+        images = normalize(batch["image"], **config.pixels)  # uint8 to f32[N,H,W,C]
+        images = erase(erase_key, images, **config.erasing)
+        images, targets = mix(mix_key, images, batch["label"], batch["weight"], model.classes, **config.mixup)
+        logits, moved = model.apply(
+            {"params": params, **stats},
+            images,
+            batch["weight"],
+            update=True,
+            rngs={"drop_path": path_key},
+            mutable=["batch_stats"],
+        )
+        return losses.weighted_mean(losses.cross_entropy(logits, targets), batch["weight"]), dict(moved)
+
+    return loss_fn
+
+
+# Each group of the config is splatted into one function, whose keyword-only parameters are its keys.
+SCHEMA = {
+    "data": Dataset,
+    "pixels": normalize,
+    "erasing": erase,
+    "mixup": mix,
+    "encoder": ViT,
+    "head": Classifier,
+    "optim": optim.make,
+    "train": total_steps,
+    "log": fit,
+    "eval": classification.evaluation,
+    "checkpoint": Checkpoints,
+    "mesh": make_mesh,
+}
+VALUES = {"seed": int, "dtype": str, "init": str, "trainable": str, "ema": float}
+
+
+def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
+    """See `classification.check`."""
+    return classification.check(config, SCHEMA, VALUES)

@@ -1,0 +1,57 @@
+"""Figures as PNG files: training curves and confusion matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epy
+
+with epy.lazy_imports():
+    from matplotlib.figure import Figure  # takes a second
+
+NAMED_UP_TO = 30  # classes whose names fit beside a confusion matrix
+NUMBERED_UP_TO = 12  # classes whose counts fit into its cells
+
+
+def curves(path: Path, lines: Sequence[dict]) -> None:
+    """What metrics.jsonl holds over the steps: the losses on the left, accuracies on the right where there are any."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    panels = {
+        "loss": [name for name in names if name.endswith("loss")],
+        "accuracy, %": [name for name in names if name.startswith(("eval/top", "eval/knn"))],
+    }
+    panels = {title: shown for title, shown in panels.items() if shown}
+    figure = Figure(figsize=(5.5 * max(len(panels), 1), 3.6), layout="constrained")
+    for axes, (title, shown) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        for name in shown:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            steps, values = np.array(points).T
+            scale = 100 if "accuracy" in title else 1
+            axes.plot(steps, values * scale, ".-" if len(points) < 40 else "-", label=name)
+        axes.set(xlabel="step", ylabel=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
+    """How often each class (row) was taken for each other (column), as shares of the row; counts [C,C]."""
+    classes = len(counts)
+    side = np.clip(0.5 * classes + 2, 5, 12)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, label="share of the true class", shrink=0.8)
+    right = np.trace(counts) / max(counts.sum(), 1)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{right:.2%} of {int(counts.sum())} right")
+    if classes <= NAMED_UP_TO:
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), names)
+    if classes <= NUMBERED_UP_TO:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{int(count)}", ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path, dpi=100)

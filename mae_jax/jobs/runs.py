@@ -1,0 +1,169 @@
+"""What every training job does around its loss: go on with what is there, train, look, save, sum up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from mae_jax.config import flatten, make_workdir, to_json, write_json
+from mae_jax.data.pipeline import Dataset
+from mae_jax.errors import CheckpointError, ConfigError
+from mae_jax.training import metrics, optim
+from mae_jax.training.checkpoint import Checkpoints, steps_in
+from mae_jax.training.loop import Hook, State, all_of, create_state, fit, make_train_step, total_steps
+from mae_jax.training.sharding import batch_sharding, make_mesh
+
+
+class Run:
+    """One training run in its workdir.
+
+    Attributes:
+      complete: whether the workdir has been trained to the end; there is nothing left to do then.
+      steps: the length of the run.
+      mesh: of devices.
+      eval_key: what evaluation may draw from; the same at every look.
+      writer: of metrics and pictures.
+    """
+
+    def __init__(self, job: str, config: ConfigDict, workdir: Path, data: Dataset, fixed: Sequence[str]):
+        """Make the workdir, or look at what is in it.
+
+        Args:
+          job: the name of the job.
+          data: what to train on.
+          fixed: beginnings of the settings that may not change when a run goes on.
+
+        Raises:
+          ConfigError: what is there cannot go on as `config` says.
+        """
+        self.began = time.time()
+        self.job, self.config, self.workdir, self.data = job, config, workdir, data
+        self.steps_per_epoch = data.opened.size // data.batch_size
+        self.steps = total_steps(self.steps_per_epoch, **config.train)
+        make_workdir(workdir)
+        _compare_with_earlier_run(config, workdir, fixed)
+        self.checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
+        if (self.checkpoints.latest_step or 0) > self.steps:
+            raise ConfigError(
+                f"config.train: {self.steps} steps, but {workdir} has trained {self.checkpoints.latest_step}; "
+                "give more, or a new --workdir"
+            )
+        self.complete = self.checkpoints.latest_step == self.steps and (workdir / "summary.json").exists()
+        if self.complete:
+            print(f"already complete: {workdir} has trained {self.steps} steps")
+            return
+        write_json(workdir / "config.json", to_json(config))
+        (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
+        self.mesh = make_mesh(**config.mesh)
+        self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
+        self.writer = metrics.Writer(workdir, self.checkpoints.latest_step or 0)
+
+    def train(
+        self,
+        init: Callable,
+        loss_fn: Callable,
+        hooks: Sequence[Hook],
+        batches: Dataset | None = None,
+        start: dict | None = None,
+        trained: Callable[[str], bool] = all_of,
+        layer_of: Callable[[str], int] | None = None,
+        ema: float = 0.0,
+    ) -> State:
+        """Train to the end, and leave summary.json.
+
+        Args:
+          init: `f(key) -> (params, stats)`, jittable: what a new run begins with.
+          loss_fn, trained, ema: as in `make_train_step`.
+          hooks: to call besides saving.
+          batches: what to take batches from, if not from `data`.
+          start: parameters for a new run to begin with in place of those of `init`; a part of the tree.
+          layer_of: as in `optim.make`.
+        """
+        config, data = self.config, self.data
+        tx, schedule = optim.make(data.batch_size, self.steps, self.steps_per_epoch, layer_of, **config.optim)
+        abstract, new_state = create_state(lambda: init(self.init_key), tx, self.mesh, trained, ema)
+        print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
+        if self.checkpoints.latest_step is None:
+            state = _begin_with(start or {}, new_state())
+        else:
+            state = self.checkpoints.restore(abstract)
+        first = int(state.step)
+        print(
+            f"{'resuming' if first else 'training'} from step {first} of {self.steps} on {self.mesh.size} device(s); "
+            "compiling",
+            flush=True,
+        )
+        train_step = make_train_step(loss_fn, tx, schedule, self.train_key, self.mesh, trained, ema)
+        hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
+        progress = metrics.Progress(self.writer, self.steps, data.batch_size)
+        examples = (batches or data).shuffled(config.seed, first, batch_sharding(self.mesh))
+        try:
+            state = fit(state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, **config.log)
+        finally:
+            self.checkpoints.close()
+            self.writer.close()
+        self._summarize()
+        return state
+
+    @property
+    def final_metrics(self) -> dict[str, float]:
+        """The last value of each metric."""
+        final = {}
+        for line in metrics.read(self.workdir / "metrics.jsonl"):
+            final.update(line)
+        final.pop("step", None)
+        return final
+
+    def _summarize(self) -> None:
+        summary = {
+            "job": self.job,
+            "steps": self.steps,
+            "images_seen": self.steps * self.data.batch_size,
+            "wall_time_seconds": round(time.time() - self.began, 1),
+            "device": jax.devices()[0].device_kind,
+            "device_count": self.mesh.size,
+            "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
+            "metrics": self.final_metrics,
+        }
+        write_json(self.workdir / "summary.json", summary)
+        where = self.workdir
+        print(f"metrics     {where}/metrics.jsonl, {where}/summary.json; tensorboard --logdir {where}")
+        print(f"checkpoint  {where}/checkpoints/{self.steps}")
+
+
+def _begin_with(params: dict, state: State) -> State:
+    """`state` with some parameters in place of its own, and of their moving averages."""
+    given = flatten_dict(params, sep="/")
+
+    def place(tree):
+        leaves = flatten_dict(tree, sep="/")
+        leaves |= {name: jax.device_put(given[name], leaves[name].sharding) for name in given.keys() & leaves.keys()}
+        return unflatten_dict(leaves, sep="/")
+
+    return state.replace(params=place(state.params), ema=place(state.ema))
+
+
+def _compare_with_earlier_run(config: ConfigDict, workdir: Path, fixed: Sequence[str]) -> None:
+    """Make sure that what is in `workdir` can go on as `config` says; print what is different but may be."""
+    path = workdir / "config.json"
+    if not steps_in(workdir / "checkpoints") or not path.exists():
+        return
+    try:
+        before, now = flatten(json.loads(path.read_text())), flatten(to_json(config))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable ({error}); copy that of the newest checkpoint over it") from error
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    told = {key: f"config.{key}: {before.get(key)} in {path}, now {now.get(key)}" for key in changed}
+    refused = [f"{told[key]}; use a new --workdir" for key in changed if key.startswith(tuple(fixed))]
+    if refused:
+        raise ConfigError(refused)
+    for line in told.values():
+        print(f"changed: {line}")
