@@ -96,6 +96,8 @@ class Dataset:
     @functools.cached_property
     def ready(self) -> bool:
         """Whether there is nothing to decode, crop or change: batches are rows of one array then."""
+        if self.examples.rows:
+            return True
         fits = self.examples.shape == (*self.image_size, self.channels)
         return fits and self.augment == "none" and not self.flip and not self.randaugment
 
@@ -122,9 +124,9 @@ class Dataset:
 
     def holding(self, rows: np.ndarray, labels: np.ndarray) -> Dataset:
         """A data set of rows [n,...] of any kind in place of images, to which nothing is done; of the same classes."""
-        source = in_memory(rows, labels, self.split, self.opened.labels)
+        source = dataclasses.replace(in_memory(rows, labels, self.split, self.opened.labels), rows=True)
         other = dataclasses.replace(self, cache="", per_class=0)
-        other.__dict__.update(opened=source, examples=source, ready=True)
+        other.__dict__.update(opened=source, examples=source)
         return other
 
     def shuffled(self, seed: int, start: int, sharding: Sharding) -> Iterator[dict]:

@@ -35,6 +35,7 @@ class Source:
       shape: (h, w, C) where the source fixes them, with None for what differs from image to image; else None. Where
         all three are fixed, the images that are read are one array uint8[n,h,w,C].
       labels: the names of the classes; empty where there are none, and labels are then -1.
+      rows: whether these are no images but rows of any shape and dtype, which are passed on as they are.
       identity: what tells these files from any others, as text; none where they are made in memory.
     """
 
@@ -45,6 +46,7 @@ class Source:
     shape: tuple[int | None, int | None, int] | None = None
     labels: tuple[str, ...] = ()
     identity: Callable[[], str] | None = None
+    rows: bool = False
 
 
 def subset(split: str, base_sizes: dict[str, int]) -> np.ndarray:

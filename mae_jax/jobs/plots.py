@@ -9,7 +9,7 @@ import numpy as np
 from etils import epy
 
 with epy.lazy_imports():
-    from matplotlib.figure import Figure  # takes a second
+    from matplotlib import figure as figures  # takes a second
 
 NAMED_UP_TO = 30  # classes whose names fit beside a confusion matrix
 NUMBERED_UP_TO = 12  # classes whose counts fit into its cells
@@ -23,7 +23,7 @@ def curves(path: Path, lines: Sequence[dict]) -> None:
         "accuracy, %": [name for name in names if name.startswith(("eval/top", "eval/knn"))],
     }
     panels = {title: shown for title, shown in panels.items() if shown}
-    figure = Figure(figsize=(5.5 * max(len(panels), 1), 3.6), layout="constrained")
+    figure = figures.Figure(figsize=(5.5 * max(len(panels), 1), 3.6), layout="constrained")
     for axes, (title, shown) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         for name in shown:
             points = [(line["step"], line[name]) for line in lines if name in line]
@@ -40,7 +40,7 @@ def confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
     """How often each class (row) was taken for each other (column), as shares of the row; counts [C,C]."""
     classes = len(counts)
     side = np.clip(0.5 * classes + 2, 5, 12)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = figures.Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
