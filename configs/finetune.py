@@ -1,6 +1,6 @@
 """Recipes for fine-tuning and for training from nothing (He et al. 2021, section 4, appendix A.1 and A.2).
 
-    mae-jax finetune --config=configs/finetune.py:NAME --config.init=WORKDIR --workdir=DIR [--config.GROUP.KEY=VALUE ...]
+    mae-jax finetune --config=configs/finetune.py:NAME --config.init=WORKDIR --workdir=DIR [--config.GROUP.KEY=...]
 
 NAME                    data                  encoder                 cost
 digits                  scikit-learn, 8x8     of config.init          half a minute on 2 cores
@@ -12,7 +12,7 @@ vit_h14_448             ImageNet-1k, 448      ViT-H                   50 epochs 
 vit_b16_scratch, l16, h14    the same, 224    from nothing            300, 200, 200 epochs of batch 4096
 
 NAME,scratch trains the same network in the same way from nothing, for the first four. NAME,tiny is the same recipe in
-seconds. config.trainable is "all", "head", "norms", or so many of the last blocks: "0.5" (the MLP of the last), "1", ...
+seconds. config.trainable is "all", "head", "norms", or so many of the last blocks: "0.5" (the last MLP), "1", ...
 """
 
 from ml_collections import ConfigDict
@@ -194,9 +194,8 @@ def fashion_mnist_60() -> ConfigDict:
 def digits() -> ConfigDict:
     """1438 handwritten digits of 8x8 pixels, 359 held out."""
     config = fashion_mnist()
-    config.data.update(
-        source="digits", name="", image_size=(8, 8), batch_size=128, augment="none", flip=False, cache=""
-    )
+    config.data.update(source="digits", name="", image_size=(8, 8), batch_size=128, cache="")
+    config.data.update(augment="none", flip=False)
     config.pixels = {"mean": (0.3053,), "std": (0.3760,)}
     config.train.epochs = 20.0
     config.log.every = 11
@@ -205,12 +204,12 @@ def digits() -> ConfigDict:
     return config
 
 
+OF_FASHION_MNIST = {"patch_size": 4, "width": 96, "depth": 4, "heads": 3}
 SMALL = {  # recipes with a variant from nothing, and the encoders of the pre-training recipes that they follow
     "digits": {"patch_size": 2, "width": 64, "depth": 3, "heads": 2},
-    **dict.fromkeys(
-        ("fashion_mnist", "fashion_mnist_10", "fashion_mnist_60"),
-        {"patch_size": 4, "width": 96, "depth": 4, "heads": 3},
-    ),
+    "fashion_mnist": OF_FASHION_MNIST,
+    "fashion_mnist_10": OF_FASHION_MNIST,
+    "fashion_mnist_60": OF_FASHION_MNIST,
 }
 RECIPES = {
     f.__name__: f
