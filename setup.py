@@ -32,7 +32,8 @@ setup(
         "importlib_resources>=6",  # tensorflow-datasets needs it to prepare, without declaring it
         "array_record>=0.8; platform_system != 'Windows'",  # the random-access format of prepared data sets
         "scikit-learn>=1.5",  # the digits
-        "pillow>=11",  # pictures
+        "pillow>=11",  # pictures; the operations of RandAugment
+        "matplotlib>=3.10",  # curves and confusion matrices
         "numpy>=2",
     ],
     extras_require={

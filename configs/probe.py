@@ -90,6 +90,7 @@ def fashion_mnist() -> ConfigDict:
     )
     config.data.update(augment="none", held_out_augment="none", flip=False)
     config.pixels = {"mean": (0.2860,), "std": (0.3530,)}
+    config.optim.base_learning_rate = 5.0  # LARS takes small steps, and there are few
     config.log.every = 117
     config.eval.every = 1170
     config.checkpoint.every = 0
@@ -101,7 +102,8 @@ def digits() -> ConfigDict:
     config = fashion_mnist()
     config.data.update(source="digits", name="", held_out="test", image_size=(8, 8), batch_size=128, cache="")
     config.pixels = {"mean": (0.3053,), "std": (0.3760,)}
-    config.log.every = 11
+    config.optim.base_learning_rate = 20.0
+    config.log.every = 110
     config.eval.every = 110
     return config
 

@@ -43,6 +43,8 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
         problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
     if encoder.drop_path or not encoder.final_norm:
         problems.append("config.encoder: drop_path and final_norm=False are for fine-tuning; leave them out")
+    if config.optim.layer_decay != 1:
+        problems.append("config.optim.layer_decay: is for fine-tuning; leave it out")
     wrong = image_size_problems(config)
     problems += wrong or ratio_problems(config, grid_of(data.image_size, patch))
     return problems + transformer_problems("encoder", encoder, 1) + transformer_problems("decoder", decoder, 0)
@@ -176,7 +178,9 @@ def run_problems(config: ConfigDict) -> list[str]:
     elif length(config) <= 0:
         key = "steps" if train.steps is not None else "epochs"
         problems.append(f"config.train.{key}: {length(config)} is not above 0")
-    for key in ("base_learning_rate", "min_learning_rate", "warmup_epochs", "weight_decay", "b1", "b2", "layer_decay"):
+    if not 0 < config.optim.layer_decay <= 1:
+        problems.append(f"config.optim.layer_decay: {config.optim.layer_decay} is not above 0, up to 1 (off)")
+    for key in ("base_learning_rate", "min_learning_rate", "warmup_epochs", "weight_decay", "b1", "b2"):
         value = config.optim[key]
         if value < 0 or (key in ("b1", "b2") and value >= 1):
             problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mae_jax.config import make_workdir, to_json, write_json
@@ -53,7 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     (bank, labels), (queries, truth) = (collect(extract, params, part, mesh) for part in (data, held_out))
     between = time.perf_counter()
     classes = data.opened.labels
-    guesses = neighbours(bank, labels, queries, tuple(config.k), len(classes), config.temperature)
+    guesses = neighbours(bank, labels, queries, tuple(config.k), len(classes), config.temperature, mesh)
     write_json(workdir / "config.json", to_json(config))
     results = {
         "job": "knn",
@@ -73,15 +74,28 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def neighbours(
-    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, ks: tuple[int, ...], classes: int, temperature: float
+    bank: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    ks: tuple[int, ...],
+    classes: int,
+    temperature: float,
+    mesh: Mesh,
 ) -> np.ndarray:
-    """`knn.classify` of any number of queries, some at a time: i64[len(ks),N]."""
-    classify = jax.jit(functools.partial(knn.classify, ks=ks, classes=classes, temperature=temperature))
+    """`knn.classify` of any number of queries, some at a time, split over the devices: i32[len(ks),N]."""
+    classify = functools.partial(knn.classify, ks=ks, classes=classes, temperature=temperature)
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    # mapped by hand: a compiler that splits top_k itself gathers what it is taken of
+    mapped = jax.shard_map(
+        classify, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=PartitionSpec(None, "data")
+    )
+    classify = jax.jit(mapped, out_shardings=NamedSharding(mesh, everywhere))
     bank, labels = jnp.asarray(bank), jnp.asarray(labels, jnp.int32)
     found = []
-    for start in range(0, len(queries), QUERIES):
-        some = queries[start : start + QUERIES]
-        whole = np.pad(some, ((0, min(QUERIES, len(queries)) - len(some)), (0, 0)))  # one shape compiles once
+    at_once = -(-min(QUERIES, len(queries)) // mesh.size) * mesh.size
+    for start in range(0, len(queries), at_once):
+        some = queries[start : start + at_once]
+        whole = np.pad(some, ((0, at_once - len(some)), (0, 0)))  # one shape compiles once
         found.append(np.asarray(classify(bank, labels, whole))[:, : len(some)])
     return np.concatenate(found, axis=1)
 
@@ -118,7 +132,7 @@ def monitor(
         params = state.averaged["encoder"]
         features, labels = collect(extract, params, data.plain(), run.mesh, bank)
         asked, truth = collect(extract, params, held_out, run.mesh, queries)
-        (guess,) = neighbours(features, labels, asked, (k,), len(data.opened.labels), TEMPERATURE)
+        (guess,) = neighbours(features, labels, asked, (k,), len(data.opened.labels), TEMPERATURE, run.mesh)
         right = float(np.mean(guess == truth))
         spent += time.perf_counter() - began
         run.writer.scalars(step, {"eval/knn": right})
