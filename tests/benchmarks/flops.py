@@ -9,33 +9,13 @@ or the optimizer. 224 pixels, patches of 16 (14 for H), decoder 512 wide.
 
 import argparse
 
-import jax
-import jax.numpy as jnp
+from step import training_step
 
 from mae_jax import config
-from mae_jax.jobs import models, pretrain
+from mae_jax.jobs import models
 from mae_jax.model import native
 from mae_jax.model.flops import training_flops
 from mae_jax.model.vit import SIZES
-from mae_jax.training import optim
-from mae_jax.training.loop import create_state, make_train_step
-from mae_jax.training.sharding import make_mesh
-
-
-def compiled_step(settings):
-    """The whole training step of a config, compiled for one device."""
-    data = settings.data
-    mesh = make_mesh(data=1)
-    model, target = models.build(settings)
-    tx, schedule = optim.make(data.batch_size, 10_000, 100, **settings.optim)
-    abstract, _ = create_state(lambda: models.init(model, settings, jax.random.key(0)), tx, mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((data.batch_size, *data.image_size, data.channels), jnp.uint8),
-        "weight": jax.ShapeDtypeStruct((data.batch_size,), jnp.float32),
-    }
-    loss = pretrain.make_loss(model, target, settings)
-    with native.unused():
-        return make_train_step(loss, tx, schedule, jax.random.key(1), mesh).lower(abstract, batch).compile()
 
 
 def main():
@@ -55,7 +35,9 @@ def main():
             assert not problems, problems
             model, _ = models.build(settings)
             needed = training_flops(model, settings.data.image_size, settings.data.channels, settings.mask.ratio)
-            cost = compiled_step(settings).cost_analysis()
+            with native.unused():
+                step, abstract, _, images = training_step(settings)
+                cost = step.lower(abstract, images).compile().cost_analysis()
             flops, touched = cost["flops"] / given.batch, cost["bytes accessed"] / given.batch
             print(
                 f"{size:5} {depth:>7} {needed / 1e9:7.2f} GFLOP {flops / 1e9:7.2f} GFLOP {flops / needed:6.3f} "

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from step import images_of, load, ours, seconds_of
+from step import load, ours, repeated, seconds_of, training_step
 
-from mae_jax.jobs import models, pretrain
+from mae_jax.jobs import models
 from mae_jax.model import native
 from mae_jax.model.flops import training_flops
 from mae_jax.model.layers import Block, Dense, LayerNorm
@@ -35,9 +35,6 @@ from mae_jax.model.mae import Decoder
 from mae_jax.model.masking import Mask, take
 from mae_jax.model.patches import grid_of, patchify, sincos_positions
 from mae_jax.model.vit import SIZES, ViT, torch_bias
-from mae_jax.training import optim
-from mae_jax.training.loop import create_state, make_train_step
-from mae_jax.training.sharding import batch_sharding, make_mesh
 
 BATCHES = (64, 128, 256)
 RATIOS = (0.5, 0.75, 0.9)
@@ -88,28 +85,10 @@ def configured(setup, changes):
     return config
 
 
-def lowered(config, model, target, devices=1):
-    """The train step of `model` as handed to the compiler, how to make its first state, and a batch."""
-    mesh = make_mesh(data=devices)
-    tx, schedule = optim.make(config.data.batch_size, 10_000, 100, **config.optim)
-    abstract, new_state = create_state(lambda: models.init(model, config, jax.random.key(0)), tx, mesh)
-    batch = {"image": images_of(config), "weight": np.ones(config.data.batch_size, np.float32)}
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    loss = pretrain.make_loss(model, target, config)
-    return make_train_step(loss, tx, schedule, jax.random.key(1), mesh).lower(abstract, batch), new_state, batch
-
-
-def repeated(step, new_state, batch):
+def run_of(config, model=None, devices=1):
     """run(n), which makes n steps and waits for them."""
-    step, state = step.compile(), new_state()
-
-    def run(n):
-        nonlocal state
-        for _ in range(n):
-            state, scalars = step(state, batch)
-        jax.block_until_ready((state, scalars))
-
-    return run
+    step, abstract, new_state, batch = training_step(config, model, devices)
+    return repeated(step.lower(abstract, batch).compile(), new_state(), batch)[0]
 
 
 def interleaved(runs, given):
@@ -160,8 +139,7 @@ def ratio(given):
 
 def devices(given):
     config = load("32px")
-    model, target = models.build(config)
-    times = interleaved({n: repeated(*lowered(config, model, target, n)) for n in DEVICES}, given)
+    times = interleaved({n: run_of(config, devices=n) for n in DEVICES}, given)
     print(f"\n32px, batch {config.data.batch_size}\n{'devices':>8} {'ms/step':>9} {'of 1':>8} {'(range)':>12}")
     for n, took in times.items():
         print(f"{n:8} {1e3 * np.median(took):9.1f} {shown(took / times[1])}")
@@ -172,13 +150,14 @@ def tokens(given):
     blocks = max(1, round(given.depth * 8 / SIZES["L"]["depth"]))  # the paper's decoder has 8 for the whole ViT-L
     sizes = {f"encoder.{key}": value for key, value in SIZES["L"].items()} | {"encoder.depth": given.depth}
     config = configured("B", {"data.batch_size": 8, "decoder.depth": blocks, **sizes})
-    mae, target = models.build(config)
+    mae, _ = models.build(config)
     compared = {"MAE": mae, "mask tokens": WithMaskTokens(mae.encoder, mae.decoder)}
     flops = {}
     for name, model in compared.items():
         with native.unused():  # XLA cannot count what C++ does
-            flops[name] = lowered(config, model, target)[0].cost_analysis()["flops"]
-    times = interleaved({name: repeated(*lowered(config, model, target)) for name, model in compared.items()}, given)
+            step, abstract, _, batch = training_step(config, model)
+            flops[name] = step.lower(abstract, batch).cost_analysis()["flops"]
+    times = interleaved({name: run_of(config, model) for name, model in compared.items()}, given)
     print(f"\nViT-L with {given.depth} blocks, {blocks} in the decoder, 224 px, batch 8, 0.75 hidden")
     print(f"{'encoder':12} {'ms/step':>9} {'of MAE':>8} {'(range)':>12} {'GFLOP/step':>11} {'of MAE':>8}")
     for name, took in times.items():

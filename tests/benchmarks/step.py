@@ -63,24 +63,33 @@ def repeated(step, state, batch):
     return run, step.memory_analysis().temp_size_in_bytes
 
 
-def ours(config):
-    """This project's own train step, on one device."""
+def training_step(config, model=None, devices=1):
+    """This project's own train step: the jitted function, its state as shapes, how to make that, and a batch.
+
+    Of `model` in place of the autoencoder that `config` describes, if one is given.
+    """
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from mae_jax.jobs import models, pretrain
     from mae_jax.training import optim
     from mae_jax.training.loop import create_state, make_train_step
-    from mae_jax.training.sharding import make_mesh
+    from mae_jax.training.sharding import batch_sharding, make_mesh
 
-    mesh = make_mesh(data=1)
-    model, target = models.build(config)
+    mesh = make_mesh(data=devices)
+    autoencoder, target = models.build(config)
+    model = model or autoencoder
     tx, schedule = optim.make(config.data.batch_size, 10_000, 100, **config.optim)
-    abstract, new_state = create_state(lambda: models.init(model, config, jax.random.key(0)), tx, mesh)
-    loss = pretrain.make_loss(model, target, config)
-    batch = {"image": jnp.asarray(images_of(config)), "weight": jnp.ones(config.data.batch_size)}
-    step = make_train_step(loss, tx, schedule, jax.random.key(1), mesh).lower(abstract, batch).compile()
-    return repeated(step, new_state(), batch)
+    abstract, new_state = create_state(lambda: (models.init(model, config, jax.random.key(0)), {}), tx, mesh)
+    batch = {"image": images_of(config), "weight": np.ones(config.data.batch_size, np.float32)}
+    step = make_train_step(pretrain.make_loss(model, target, config), tx, schedule, jax.random.key(1), mesh)
+    return step, abstract, new_state, jax.device_put(batch, batch_sharding(mesh))
+
+
+def ours(config):
+    """This project's own train step, on one device."""
+    step, abstract, new_state, batch = training_step(config)
+    return repeated(step.lower(abstract, batch).compile(), new_state(), batch)
 
 
 def plain(config):
