@@ -19,11 +19,12 @@ class Dense(nn.Module):
     features: int
     dtype: str = "float32"
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def weights(self, inputs: int) -> tuple[jax.Array, jax.Array]:
         """The kernel dtype[inputs,features] and the bias dtype[features]."""
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (inputs, self.features))
+        kernel = self.param("kernel", self.kernel_init, (inputs, self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
@@ -81,17 +82,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. Only the tokens from `first` on are computed: [N,M,D] -> [N,M-first,D]."""
+    """Pre-norm transformer block. Only the tokens from `first` on are computed: [N,M,D] -> [N,M-first,D].
+
+    Attributes:
+      drop_path: stochastic depth (Huang et al. 2016, arXiv 1603.09382): how likely a sample leaves out the attention,
+        and again the MLP, below 1. Only where `apply` is given an rng "drop_path".
+    """
 
     heads: int
     mlp_ratio: float = 4.0
     dtype: str = "float32"
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
         attended = Attention(self.heads, self.dtype, name="attention")(
             LayerNorm(self.dtype, name="attention_norm")(x), first
         )
-        x = x[:, first:] + attended
+        x = x[:, first:] + self.drop(attended)
         hidden = int(x.shape[-1] * self.mlp_ratio)
-        return x + MLP(hidden, self.dtype, name="mlp")(LayerNorm(self.dtype, name="mlp_norm")(x))
+        return x + self.drop(MLP(hidden, self.dtype, name="mlp")(LayerNorm(self.dtype, name="mlp_norm")(x)))
+
+    def drop(self, branch: jax.Array) -> jax.Array:
+        """Zero for the samples that leave [N,M,D] out; larger for the others, so that the expectation stays."""
+        if not self.drop_path or not self.has_rng("drop_path"):
+            return branch
+        keep = 1 - self.drop_path
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (len(branch), 1, 1))
+        return branch * (kept / keep).astype(branch.dtype)

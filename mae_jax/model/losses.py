@@ -15,6 +15,11 @@ def mse(pred: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(pred.astype(jnp.float32) - target.astype(jnp.float32)), axis=(1, 2))
 
 
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of soft targets, f32[N,C] with rows that sum to 1 (labels smoothed or mixed): logits [N,C] -> f32[N]."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=1)
+
+
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
     """Mean of f32[N] with weights f32[N], 0 where nothing weighs: a batch of unreadable images teaches nothing."""
     total = jnp.sum(weight)

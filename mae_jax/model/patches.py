@@ -88,3 +88,42 @@ def sincos_positions(grid: Sequence[int], width: int) -> np.ndarray:
     row_angle = np.repeat(np.arange(rows), cols)[:, None] * omega
     halves = [np.sin(column_angle), np.cos(column_angle), np.sin(row_angle), np.cos(row_angle)]
     return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def resize_positions(positions, grid: Sequence[int], new_grid: Sequence[int]) -> np.ndarray:
+    """Positions learned on one grid of patches, for another: bicubic, not antialiased; the row of cls stays.
+
+    As util/pos_embed.py of the original code does with torch.nn.functional.interpolate(align_corners=False).
+    Computed in float64.
+
+    Args:
+      positions: f32[1,1+L,D] for the L patches of `grid` = (rows, columns).
+
+    Returns:
+      f32[1,1+L',D] for the L' patches of `new_grid`, a NumPy array.
+    """
+    positions = np.asarray(positions, np.float64)
+    width = positions.shape[-1]
+    rows, cols = (_bicubic_weights(old, new) for old, new in zip(grid, new_grid, strict=True))
+    table = positions[0, 1:].reshape(*grid, width)
+    table = np.tensordot(cols, np.tensordot(rows, table, (1, 0)), (1, 1))  # [columns',rows',D]
+    table = table.swapaxes(0, 1).reshape(1, -1, width)
+    return np.concatenate([positions[:, :1], table], axis=1).astype(np.float32)
+
+
+def _bicubic_weights(old: int, new: int) -> np.ndarray:
+    """What each of `old` samples gives to each of `new`: f64[new,old], rows sum to 1.
+
+    Keys' cubic convolution (1981) with a = -0.75, as in PyTorch; beyond the border stands the border's own sample.
+    """
+    a = -0.75
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        sample = np.floor(centre) + offset
+        x = np.abs(centre - sample)
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        column = np.clip(sample, 0, old - 1).astype(int)
+        np.add.at(weights, (np.arange(new), column), np.where(x <= 1, near, far))
+    return weights

@@ -19,6 +19,8 @@ SIZES = {
     "H": {"width": 1280, "depth": 32, "heads": 16},
 }
 
+POSITIONS = ("sincos", "learned")
+
 
 def torch_bias(fan_in: int) -> nn.initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch gives a convolution's bias, and the original code keeps."""
@@ -27,7 +29,7 @@ def torch_bias(fan_in: int) -> nn.initializers.Initializer:
 
 
 class ViT(nn.Module):
-    """Patch embedding, fixed sine-cosine positions, a cls token, `depth` blocks and a final norm.
+    """Patch embedding, positions, a cls token, `depth` blocks and a final norm.
 
     The masked and the whole image take the same path: pre-training passes `visible`, everything else does not.
 
@@ -37,6 +39,10 @@ class ViT(nn.Module):
       depth: number of transformer blocks.
       heads: attention heads per block.
       mlp_ratio: hidden width of each block's MLP, in units of D.
+      positions: one of `POSITIONS`. "sincos" are fixed; "learned" are a parameter f32[1,1+L,D] that begins as these,
+        with zeros for the cls token, and ties the encoder to one size of images (`patches.resize_positions`).
+      drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first, as in timm.
+      final_norm: without it, tokens are those of the last block: fine-tuning has a norm of its own.
       dtype: what to compute in, "float32" or "bfloat16"; parameters are float32.
     """
 
@@ -45,6 +51,9 @@ class ViT(nn.Module):
     depth: int
     heads: int
     mlp_ratio: float = 4.0
+    positions: str = "sincos"
+    drop_path: float = 0.0
+    final_norm: bool = True
     dtype: str = "float32"
 
     @nn.compact
@@ -55,15 +64,22 @@ class ViT(nn.Module):
           dtype[N,1+K,D]: the cls token, then the tokens of the visible patches in the order of `visible`;
           of all L patches, row by row, when `visible` is None.
         """
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions are one of {', '.join(POSITIONS)}, not {self.positions!r}")
         x = patchify(images, self.patch_size)  # [N,L,P*P*C]
         positions = jnp.asarray(sincos_positions(grid_of(images.shape[1:3], self.patch_size), self.width))[None]
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))  # its position is zero
+        if self.positions == "learned":
+            fixed = jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))  # [1,1+L,D]
+            learned = self.param("positions", lambda key: fixed)
+            cls, positions = cls + learned[:, :1], learned[:, 1:]
         if visible is not None:  # cut before embedding: hidden pixels are never read
             x = take(x, visible)  # [N,K,P*P*C]
             positions = positions[0, visible]  # [N,K,D]
         x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
         x = x + positions.astype(x.dtype)
-        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))  # its position is zero
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1)
         for i in range(self.depth):
-            x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(x)
-        return LayerNorm(self.dtype, name="norm")(x)
+            rate = self.drop_path * i / max(self.depth - 1, 1)
+            x = Block(self.heads, self.mlp_ratio, self.dtype, rate, name=f"block_{i}")(x)
+        return LayerNorm(self.dtype, name="norm")(x) if self.final_norm else x

@@ -180,6 +180,45 @@ def test_a_block_from_first_on_is_the_tail_of_the_whole_block(first):
         assert apart < 5e-6, path
 
 
+def test_drop_path_leaves_out_each_branch_of_each_sample_by_itself_and_keeps_the_expectation():
+    rate, n = 0.3, 1000
+    x = random_tokens(1, 3, 8)
+    module = Block(2, drop_path=rate)
+    params = random_params(module, x)
+    everyone = jnp.tile(x, (n, 1, 1))  # equal samples differ by what they leave out
+    got = jax.jit(lambda key: module.apply({"params": params}, everyone, rngs={"drop_path": key}))(jax.random.key(0))
+
+    def outcome(attention, mlp):
+        y = x + attention * plain_attention(params["attention"], plain_norm(params["attention_norm"], x), 2)
+        return np.asarray(y + mlp * plain_mlp(params["mlp"], plain_norm(params["mlp_norm"], y)))[0]
+
+    kept = 1 / (1 - rate)
+    outcomes = np.stack([outcome(a, b) for a in (0, kept) for b in (0, kept)])
+    apart = np.abs(np.asarray(got)[:, None] - outcomes).max(axis=(2, 3))  # [n,4]
+    assert apart.min(axis=1).max() < 1e-5
+    assert np.partition(apart, 1, axis=1)[:, 1].min() > 1e-2
+    attention, mlp = np.divmod(apart.argmin(axis=1), 2)
+    limit = 4 * np.sqrt(rate * (1 - rate) / n)
+    assert abs(attention.mean() * kept - 1) < limit * kept
+    assert abs(mlp.mean() * kept - 1) < limit * kept
+    assert abs((attention * mlp).mean() - (1 - rate) ** 2) < 4 * np.sqrt(0.25 / n)
+    assert abs((attention[1:] * attention[:-1]).mean() - (1 - rate) ** 2) < 4 * np.sqrt(0.25 / n)
+
+
+def test_drop_path_needs_an_rng_and_leaves_parameters_and_dtype_alone():
+    x = random_tokens(2, 3, 8)
+    plain, module = Block(2), Block(2, drop_path=0.9)
+    params = random_params(plain, x)
+    assert jax.tree.structure(random_params(module, x)) == jax.tree.structure(params)
+    apply = jax.jit(lambda module: module.apply({"params": params}, x), static_argnums=0)
+    np.testing.assert_array_equal(apply(module), apply(plain))
+    half = Block(2, dtype="bfloat16", drop_path=0.5)
+    out = jax.eval_shape(
+        lambda: half.apply({"params": params}, x.astype("bfloat16"), rngs={"drop_path": jax.random.key(0)})
+    )
+    assert out.dtype == jnp.bfloat16
+
+
 MODULES = {
     "Dense": lambda dtype: Dense(10, dtype),
     "MLP": lambda dtype: MLP(40, dtype),

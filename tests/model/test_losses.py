@@ -34,6 +34,32 @@ def test_mse_of_bfloat16_predictions_is_computed_in_float32():
     np.testing.assert_allclose(got, 1e-6, rtol=1e-3)
 
 
+def test_cross_entropy_of_soft_targets_and_its_gradient_are_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits = (5 * rng.standard_normal((6, 10))).astype(np.float32)
+    targets = rng.dirichlet(np.ones(10), 6).astype(np.float32)
+    theirs = torch.tensor(logits, requires_grad=True)
+    want = torch.nn.functional.cross_entropy(theirs, torch.tensor(targets), reduction="none")
+    want.sum().backward()
+    got, pull = jax.vjp(lambda x: losses.cross_entropy(x, jnp.asarray(targets)), jnp.asarray(logits))
+    np.testing.assert_allclose(got, want.detach(), rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(6))[0], theirs.grad, rtol=0, atol=1e-6)
+
+
+def test_cross_entropy_is_finite_and_right_for_huge_logits():
+    logits = jnp.array([[1e4, -1e4, 0.0], [1e38, 0.0, -1e38]])
+    loss, pull = jax.vjp(lambda x: losses.cross_entropy(x, jnp.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])), logits)
+    np.testing.assert_array_equal(loss, [1e4, 0])
+    np.testing.assert_array_equal(pull(jnp.ones(2))[0], [[1, 0, -1], [0, 0, 0]])
+
+
+def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32():
+    got = losses.cross_entropy(jnp.zeros((1, 1000), jnp.bfloat16), jnp.full((1, 1000), 1e-3))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.log(1000), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "weight, mean",
     [([1, 1, 1, 1], 3.75), ([1, 0, 1, 0], 2.5), ([0, 0, 0, 1], 8.0), ([0, 0, 0, 0], 0.0), ([0.25, 0, 0.25, 0], 2.5)],

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.model.patches import denormalize, grid_of, normalize, patchify, sincos_positions, unpatchify
+from mae_jax.model.patches import (
+    denormalize,
+    grid_of,
+    normalize,
+    patchify,
+    resize_positions,
+    sincos_positions,
+    unpatchify,
+)
 
 IMAGES = {  # patch size and shape [N,H,W,C]
     "square": (4, (2, 8, 8, 3)),
@@ -114,3 +122,28 @@ def test_positions_are_those_of_hugging_face(grid, width):
     theirs = modeling.build_2d_sinusoidal_position_embedding(rows, cols, width).numpy()
     theirs = np.roll(theirs, width // 2, axis=1)  # it begins with the row; ViTMAE itself swaps the halves like this
     np.testing.assert_allclose(sincos_positions(grid, width), theirs, rtol=0, atol=6e-8)
+
+
+@pytest.mark.parametrize(
+    "grid, new_grid", [((14, 14), (24, 24)), ((4, 6), (7, 5)), ((8, 8), (3, 4)), ((1, 2), (3, 3)), ((5, 3), (5, 9))]
+)
+def test_resized_positions_are_those_of_pytorch_and_cls_stays(grid, new_grid):
+    torch = pytest.importorskip("torch")
+    rows, cols = grid
+    positions = np.random.default_rng(0).standard_normal((1, 1 + rows * cols, 8)).astype(np.float32)
+    images = torch.tensor(positions[:, 1:]).reshape(1, rows, cols, 8).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(images, size=new_grid, mode="bicubic", align_corners=False)
+    got = resize_positions(jnp.asarray(positions), grid, new_grid)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got[:, 0], positions[:, 0])
+    np.testing.assert_allclose(got[:, 1:], resized.permute(0, 2, 3, 1).flatten(1, 2), rtol=0, atol=1e-5)
+
+
+def test_positions_on_their_own_grid_are_not_touched():
+    positions = np.random.default_rng(0).standard_normal((1, 25, 8)).astype(np.float32)
+    np.testing.assert_array_equal(resize_positions(positions, (4, 6), (4, 6)), positions)
+
+
+def test_positions_of_another_grid_than_said_are_refused():
+    with pytest.raises(ValueError, match="reshape"):
+        resize_positions(np.zeros((1, 25, 8), np.float32), (5, 5), (4, 4))

@@ -1,11 +1,15 @@
 """The encoder: its sizes, what it sees, and in which order."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from mae_jax.model import masking
+from mae_jax.model.layers import Block, LayerNorm
+from mae_jax.model.patches import resize_positions, sincos_positions
 from mae_jax.model.vit import SIZES, ViT
 
 # Patch size and trainable parameters of the encoder on 3 channels: those of timm without its head and positions.
@@ -127,3 +131,78 @@ def test_bfloat16_gives_bfloat16_tokens_close_to_those_of_float32_from_float32_p
     want = np.asarray(encode(params, images, mask.visible))
     error = np.linalg.norm(tokens.astype(jnp.float32) - want) / np.linalg.norm(want)
     assert 1e-4 < error < 0.02
+
+
+LEARNED = ENCODER.clone(positions="learned")
+encode_learned = jax.jit(lambda params, images, visible=None: LEARNED.apply({"params": params}, images, visible))
+
+
+@pytest.fixture(scope="module")
+def learned(images):
+    return jax.jit(LEARNED.init)(jax.random.key(0, impl="rbg"), images)["params"]
+
+
+def test_learned_positions_begin_as_the_fixed_ones_with_zeros_for_cls(params, learned, images, mask):
+    rest, positions = {**learned}, learned["positions"]
+    del rest["positions"]
+    jax.tree.map(np.testing.assert_array_equal, rest, params)
+    assert positions.shape == (1, 25, 32)
+    assert not positions[:, 0].any()
+    np.testing.assert_array_equal(positions[0, 1:], sincos_positions(GRID, 32))
+    for visible in (None, mask.visible):
+        want = encode(params, images, visible)
+        np.testing.assert_allclose(encode_learned(learned, images, visible), want, rtol=0, atol=1e-6)
+
+
+def test_learned_positions_get_gradients_where_there_are_tokens(learned, images, mask):
+    one, visible = images[:1], mask.visible[:1]
+    total = lambda params: jnp.square(encode_learned(params, one, visible) - 0.1).sum()  # noqa: E731
+    gradient = np.asarray(jax.jit(jax.grad(total))(learned)["positions"])[0]
+    assert (gradient != 0).any(axis=1).tolist() == [True, *(mask.removed[0] == 0).tolist()]
+
+
+def test_learned_positions_are_of_one_size_and_can_be_resized(learned):
+    images = jnp.zeros((1, 20, 12, 3))
+    with pytest.raises(ScopeParamShapeError):
+        jax.eval_shape(encode_learned, learned, images)
+    resized = {**learned, "positions": resize_positions(learned["positions"], GRID, (5, 3))}
+    assert jax.eval_shape(encode_learned, resized, images).shape == (1, 16, 32)
+
+
+def test_unknown_positions_are_refused():
+    with pytest.raises(ValueError, match="one of sincos, learned, not 'rotary'"):
+        jax.eval_shape(ENCODER.clone(positions="rotary").init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_without_final_norm_tokens_are_those_it_would_have_normalised(params, images):
+    raw = ENCODER.clone(final_norm=False)
+    fresh = jax.eval_shape(raw.init, jax.random.key(0), images)["params"]
+    assert params.keys() - fresh.keys() == {"norm"}
+    tokens = jax.jit(raw.apply)({"params": {name: params[name] for name in fresh}}, images)
+    got = LayerNorm().apply({"params": params["norm"]}, tokens)
+    np.testing.assert_allclose(got, encode(params, images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_drop_path_rises_linearly_from_0_in_the_first_block(depth):
+    encoder = ViT(patch_size=4, width=8, depth=depth, heads=2, drop_path=0.3)
+    rates = {}
+
+    def note(function, args, kwargs, context):
+        if isinstance(context.module, Block):
+            rates[context.module.name] = context.module.drop_path
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert list(rates) == [f"block_{i}" for i in range(depth)]
+    np.testing.assert_allclose(list(rates.values()), np.linspace(0, 0.3, depth), rtol=1e-12)
+
+
+def test_drop_path_acts_only_where_an_rng_is_given(params, images):
+    dropping = ENCODER.clone(drop_path=0.5)
+    apply = jax.jit(lambda rngs: dropping.apply({"params": params}, images, rngs=rngs))
+    np.testing.assert_allclose(apply({}), encode(params, images), rtol=0, atol=1e-5)
+    one, same, other = (apply({"drop_path": jax.random.key(seed)}) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 1e-2
