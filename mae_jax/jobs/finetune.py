@@ -26,7 +26,7 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.jobs import classification, models
 from mae_jax.jobs.runs import Run
 from mae_jax.model import losses
-from mae_jax.model.classifier import Classifier, layer_of, trainable
+from mae_jax.model.classifier import UNDECAYED, Classifier, layer_of, trainable
 from mae_jax.model.patches import normalize
 from mae_jax.model.vit import ViT
 from mae_jax.training import optim
@@ -54,6 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         start=start,
         trained=partial(trainable, depth=depth, what=config.trainable),
         layer_of=partial(layer_of, depth=depth),
+        exempt=UNDECAYED,
         ema=config.ema,
     )
 

@@ -75,6 +75,7 @@ class Run:
         start: dict | None = None,
         trained: Callable[[str], bool] = all_of,
         layer_of: Callable[[str], int] | None = None,
+        exempt: Sequence[str] = (),
         ema: float = 0.0,
     ) -> State:
         """Train to the end, and leave summary.json.
@@ -85,10 +86,10 @@ class Run:
           hooks: to call besides saving.
           batches: what to take batches from, if not from `data`.
           start: parameters for a new run to begin with in place of those of `init`; a part of the tree.
-          layer_of: as in `optim.make`.
+          layer_of, exempt: as in `optim.make`.
         """
         config, data = self.config, self.data
-        tx, schedule = optim.make(data.batch_size, self.steps, self.steps_per_epoch, layer_of, **config.optim)
+        tx, schedule = optim.make(data.batch_size, self.steps, self.steps_per_epoch, layer_of, exempt, **config.optim)
         abstract, new_state = create_state(lambda: init(self.init_key), tx, self.mesh, trained, ema)
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
         if self.checkpoints.latest_step is None:

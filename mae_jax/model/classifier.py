@@ -94,6 +94,10 @@ class Classifier(nn.Module):
         return Dense(self.classes, kernel_init=nn.initializers.normal(self.head_std), name="head")(features)
 
 
+# What fine-tuning exempts from weight decay besides biases and norms, as timm's ViT says of itself.
+UNDECAYED = ("cls_token", "positions")
+
+
 def layer_of(path: str, depth: int) -> int:
     """How far below the head a parameter stands, for layer-wise decay (util/lr_decay.py of the original code).
 

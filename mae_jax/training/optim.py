@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from functools import partial
 
 import jax
 import optax
@@ -11,30 +12,37 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 TRUST = 1e-3  # of LARS, as in util/lars.py of the original code
 
 
-def decayed(params):
+def decayed(params, exempt: Container[str] = ()):
     """True for parameters of two dimensions and more: all kernels, and the cls and mask tokens, not biases and norms.
 
     As `param_groups_weight_decay` of timm does in main_pretrain.py of the original code.
+
+    Args:
+      exempt: names of parameters, such as "cls_token", that are not decayed all the same.
     """
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and path[-1].key not in exempt, params)
 
 
-def adamw(schedule: optax.Schedule, weight_decay: float, b1: float, b2: float) -> optax.GradientTransformation:
+def adamw(
+    schedule: optax.Schedule, weight_decay: float, b1: float, b2: float, mask: Callable
+) -> optax.GradientTransformation:
     """AdamW with decoupled decay times the learning rate, as in PyTorch (paper table 8)."""
-    return optax.adamw(schedule, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=decayed)
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=mask)
 
 
-def lars(schedule: optax.Schedule, weight_decay: float, b1: float, b2: float) -> optax.GradientTransformation:
+def lars(
+    schedule: optax.Schedule, weight_decay: float, b1: float, b2: float, mask: Callable
+) -> optax.GradientTransformation:
     """LARS (You et al. 2017) with momentum `b1`, as util/lars.py of the original code; `b2` is ignored.
 
-    Decay and trust ratio only for what is `decayed`. The momentum is of gradients, before the learning rate;
+    Decay and trust ratio only for what the `mask` lets. The momentum is of gradients, before the learning rate;
     `optax.lars` has it after, which under a changing schedule is another optimizer.
     """
     ratio = optax.chain(optax.add_decayed_weights(weight_decay), optax.scale_by_trust_ratio(trust_coefficient=TRUST))
-    return optax.chain(optax.masked(ratio, decayed), optax.trace(b1), optax.scale_by_learning_rate(schedule))
+    return optax.chain(optax.masked(ratio, mask), optax.trace(b1), optax.scale_by_learning_rate(schedule))
 
 
-# An optimizer is `f(schedule, weight_decay, b1, b2) -> optax.GradientTransformation`.
+# An optimizer is `f(schedule, weight_decay, b1, b2, mask of what is decayed) -> optax.GradientTransformation`.
 OPTIMIZERS = {"adamw": adamw, "lars": lars}
 
 
@@ -56,6 +64,7 @@ def make(
     steps: int,
     steps_per_epoch: int,
     layer_of: Callable[[str], int] | None = None,
+    exempt: Container[str] = (),
     *,
     name: str = "adamw",
     base_learning_rate: float = 1.5e-4,
@@ -78,6 +87,7 @@ def make(
       steps_per_epoch: unit of `warmup_epochs`.
       layer_of: the layer of a parameter by its path, "encoder/block_3/mlp/in/kernel", counted from the output: 0 for
         the head. Only for a `layer_decay`.
+      exempt: as in `decayed`.
       name: a row of `OPTIMIZERS`.
       min_learning_rate: as it is; the batch size does not scale it.
       layer_decay: each layer learns this much slower than the one above it; 1: all the same.
@@ -93,7 +103,7 @@ def make(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, max(steps, 1), min_learning_rate
     )
-    tx = OPTIMIZERS[name](schedule, weight_decay, b1, b2)
+    tx = OPTIMIZERS[name](schedule, weight_decay, b1, b2, partial(decayed, exempt=exempt))
     if layer_decay == 1:
         return tx, schedule
     if layer_of is None:

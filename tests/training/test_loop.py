@@ -26,7 +26,7 @@ class Run:
 
     def fit(self, first, steps, *, every=1, eval_every=2, save_every=2):
         hooks = [(eval_every, self.hook("eval")), (save_every, self.hook("save"))]
-        state = State(step=jnp.int32(first), params={}, opt_state=())
+        state = State(step=jnp.int32(first), params={}, opt_state=(), stats={}, ema={})
         return fit(state, self.train_step, self.batches(first), steps, hooks, self.last_save, self, every=every)
 
     def batches(self, first):
@@ -227,11 +227,12 @@ def regression(request):
     truth = rng.normal(size=(3, 2)).astype(np.float32)
 
     def init():
-        return {"kernel": jax.random.normal(jax.random.key(1), (3, 2)), "bias": jnp.zeros(2)}
+        return {"kernel": jax.random.normal(jax.random.key(1), (3, 2)), "bias": jnp.zeros(2)}, {}
 
-    def loss_fn(params, batch, key):
+    def loss_fn(params, stats, batch, key):
         noise = 1e-3 * jax.random.normal(key, batch["y"].shape)
-        return jnp.mean(jnp.square(batch["x"] @ params["kernel"] + params["bias"][None] - batch["y"] + noise))
+        error = batch["x"] @ params["kernel"] + params["bias"][None] - batch["y"] + noise
+        return jnp.mean(jnp.square(error)), stats
 
     def batch(step):
         x = np.random.default_rng(step).normal(size=(16, 3)).astype(np.float32)
@@ -255,11 +256,11 @@ def test_state_is_what_its_description_says(regression):
 
 def test_scalars_are_those_of_the_state_before_the_update_and_any_step_can_be_replayed(regression):
     *_, new_state, train_step, batch, loss_fn, schedule, key = regression
-    state, replay = new_state(), jax.jit(jax.value_and_grad(loss_fn))
+    state, replay = new_state(), jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     for step in range(4):
         before = jax.device_get(state.params)
         state, scalars = train_step(state, batch(step))
-        loss, grads = replay(before, jax.device_get(batch(step)), jax.random.fold_in(key, step))
+        (loss, _), grads = replay(before, {}, jax.device_get(batch(step)), jax.random.fold_in(key, step))
         assert set(scalars) == {"loss", "grad_norm", "learning_rate"}
         np.testing.assert_allclose(scalars["loss"], loss, rtol=1e-5)
         np.testing.assert_allclose(scalars["grad_norm"], np.sqrt(sum(np.sum(g**2) for g in grads.values())), rtol=1e-5)
@@ -296,3 +297,162 @@ def test_fit_trains_the_real_step(regression):
     assert len(run.events) == 1 + 5
     jax.tree.map(np.testing.assert_array_equal, state.params, direct.params)
     assert optax.tree.norm(state.params) > 0
+
+
+DEPTH, WIDTH, BATCH = 4, 32, 64
+
+
+def layers(params):
+    """The parameters of the layers, the lowest first, whatever is beside them."""
+    return [params["layers"][f"layer_{i}"] for i in range(DEPTH)]
+
+
+def init_network():
+    """A network of four layers, and as its statistics the count of its steps and a mean of its inputs."""
+    keys = jax.random.split(jax.random.key(2), DEPTH)
+    made = {
+        f"layer_{i}": {"kernel": jax.random.normal(key, (WIDTH, WIDTH)) * WIDTH**-0.5, "bias": jnp.zeros(WIDTH)}
+        for i, key in enumerate(keys)
+    }
+    return {"layers": made}, {"mean": jnp.zeros(WIDTH), "steps": jnp.float32(0)}
+
+
+def network_loss(params, stats, batch, key):
+    x = batch["x"]
+    for layer in layers(params):
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
+    stats = {"mean": 0.75 * stats["mean"] + 0.25 * batch["x"].mean(axis=0), "steps": stats["steps"] + 1}
+    return jnp.mean(jnp.square(x - batch["y"])), stats
+
+
+def network_batch(step):
+    rng = np.random.default_rng(step)
+    return {name: rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for name in ("x", "y")}
+
+
+def training_of(trained, ema=0.0, devices=1):
+    """The network's first state as shapes, a function that makes it, and its step."""
+    mesh = make_mesh(data=devices)
+    tx, schedule = optim.make(256, 50, 50, base_learning_rate=0.02, warmup_epochs=0.0, weight_decay=0.1)
+    abstract, new_state = create_state(init_network, tx, mesh, trained, ema)
+    train_step = make_train_step(network_loss, tx, schedule, jax.random.key(0), mesh, trained, ema)
+    return abstract, new_state, train_step
+
+
+def above(lowest):
+    """Train the layers from number `lowest` up."""
+    return lambda path: int(path.split("/")[1].removeprefix("layer_")) >= lowest
+
+
+def names_of(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_is_not_trained_stays_bit_for_bit_and_has_no_moments(devices):
+    abstract, new_state, train_step = training_of(above(2), devices=devices)
+    moments = {name for name in names_of(abstract.opt_state) if "layers" in name}
+    assert len(moments) == 2 * 2 * 2, "two moments of the kernel and the bias of two layers"
+    assert not any(frozen in name for name in moments for frozen in ("layer_0", "layer_1"))
+    assert names_of(abstract.params) == names_of(init_network()[0]), "what is not trained is there all the same"
+    state = new_state()
+    before = jax.device_get(state.params)["layers"]
+    for step in range(3):
+        state, _ = train_step(state, network_batch(step))
+    after = jax.device_get(state.params)["layers"]
+    for name in before:
+        for part in ("kernel", "bias"):
+            unchanged = np.array_equal(before[name][part], after[name][part])
+            assert unchanged == (name in ("layer_0", "layer_1")), (name, part)
+
+
+def test_the_trained_part_goes_where_the_optimizer_takes_it_alone():
+    """The rest is a constant to it: gradients, their norm, moments and decay are those of the trained part."""
+    _, new_state, train_step = training_of(above(2))
+    state = new_state()
+    frozen, inside = (
+        {name: layer for name, layer in jax.device_get(state.params)["layers"].items() if (name > "layer_1") == top}
+        for top in (False, True)
+    )
+    tx, _ = optim.make(256, 50, 50, base_learning_rate=0.02, warmup_epochs=0.0, weight_decay=0.1)
+    opt_state = tx.init(inside)
+
+    @jax.jit
+    def follow(inside, opt_state, batch):
+        loss = lambda inside: network_loss({"layers": frozen | inside}, init_network()[1], batch, None)[0]  # noqa: E731
+        grads = jax.grad(loss)(inside)
+        updates, opt_state = tx.update(grads, opt_state, inside)
+        return optax.apply_updates(inside, updates), opt_state, optax.tree.norm(grads)
+
+    for step in range(3):
+        state, scalars = train_step(state, network_batch(step))
+        inside, opt_state, norm = follow(inside, opt_state, network_batch(step))
+        np.testing.assert_allclose(scalars["grad_norm"], norm, rtol=1e-5)
+    trained = {name: state.params["layers"][name] for name in inside}
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=0, atol=1e-6), trained, inside)
+
+
+def test_nothing_is_computed_backwards_below_what_is_trained():
+    """Products of a layer: one forward; backward one for its kernel, and one for its input if that leads further."""
+
+    def products(lowest):
+        abstract, _, train_step = training_of(above(lowest))
+        lines = train_step.lower(abstract, network_batch(0)).compile().as_text().splitlines()
+        # on CPU a product is a dot or a call of a library, alone or within a fusion
+        return sum(" dot(" in line or "__onednn$matmul" in line for line in lines)
+
+    assert [products(lowest) for lowest in range(DEPTH)] == [
+        DEPTH + 2 * (DEPTH - lowest) - 1 for lowest in range(DEPTH)
+    ]
+
+
+@pytest.mark.parametrize("lowest", [0, 2])
+def test_moving_averages_are_the_formula(lowest):
+    decay = 0.75
+    abstract, new_state, train_step = training_of(above(lowest), ema=decay, devices=8)
+    state = new_state()
+    want = {name: np.asarray(leaf, np.float64) for name, leaf in flat(state.params).items() if above(lowest)(name)}
+    assert names_of(abstract.ema) == set(want), "of the trained parameters alone"
+    for name, leaf in flat(state.ema).items():
+        np.testing.assert_array_equal(leaf, want[name], "they begin as the parameters")
+    for step in range(5):
+        state, _ = train_step(state, network_batch(step))
+        now = flat(jax.device_get(state.params))
+        want = {name: decay * mean + (1 - decay) * now[name] for name, mean in want.items()}
+        for name, leaf in flat(state.ema).items():
+            np.testing.assert_allclose(leaf, want[name], rtol=1e-5, atol=1e-7, err_msg=f"{name}, step {step}")
+    evaluated = flat(state.averaged)
+    assert evaluated.keys() == flat(state.params).keys()
+    for name, leaf in evaluated.items():
+        np.testing.assert_array_equal(leaf, flat(state.ema).get(name, flat(state.params)[name]))
+    moved = np.abs(np.asarray(evaluated["layers/layer_3/kernel"] - state.params["layers"]["layer_3"]["kernel"]))
+    assert moved.max() > 1e-3, "and these are others"
+
+
+def flat(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def test_averages_do_not_change_what_is_trained_and_without_them_parameters_are_evaluated():
+    (_, plain, step), (_, averaging, averaging_step) = training_of(above(0)), training_of(above(0), ema=0.9)
+    a, b = plain(), averaging()
+    for i in range(3):
+        (a, _), (b, _) = step(a, network_batch(i)), averaging_step(b, network_batch(i))
+    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+    assert a.ema == {}
+    jax.tree.map(np.testing.assert_array_equal, a.averaged, a.params)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_statistics_are_carried_from_step_to_step(devices):
+    abstract, new_state, train_step = training_of(above(0), devices=devices)
+    assert "mean" not in "".join(names_of(abstract.opt_state)), "they have no gradient"
+    state, mean = new_state(), np.zeros(WIDTH)
+    for step in range(4):
+        batch = network_batch(step)
+        state, _ = train_step(state, jax.device_put(batch, batch_sharding(make_mesh(data=devices))))
+        mean = 0.75 * mean + 0.25 * batch["x"].mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(state.stats["mean"], mean, rtol=0, atol=1e-6)
+    assert state.stats["steps"] == 4
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.stats))
