@@ -138,7 +138,7 @@ def test_lars_of_optax_is_another_optimizer_once_the_rate_changes(lars_problem):
     def difference(schedule):
         """Between ours and optax.lars, whose momentum is of updates, with the same masks."""
         theirs = optax.lars(schedule, 0.1, optim.decayed, optim.TRUST, 0.0, optim.decayed, momentum=0.9)
-        ours = optim.lars(schedule, 0.1, b1=0.9, b2=0.0)
+        ours = optim.lars(schedule, 0.1, b1=0.9, b2=0.0, mask=optim.decayed)
         ends = follow(ours, params, grads)[-1], follow(theirs, params, grads)[-1]
         return max(np.abs(ends[0][name] - ends[1][name]).max() for name in ends[0])
 
