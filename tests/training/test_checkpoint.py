@@ -18,6 +18,7 @@ PARAMS = {
     "encoder": {"kernel": (16, 4), "bias": (8,), "block_0": {"scale": (8,)}},
     "decoder": {"mask_token": (1, 1, 8)},
 }
+STATS = {"batch_stats": {"norm": {"mean": (8,), "var": (8,)}}}
 
 
 def make_state(seed=0, step=0):
@@ -27,10 +28,11 @@ def make_state(seed=0, step=0):
     def bits(shape):
         return rng.integers(0, 2**32, shape, np.uint32).view(np.float32)
 
-    params = jax.tree.map(bits, PARAMS, is_leaf=lambda x: isinstance(x, tuple))
+    params, stats = (jax.tree.map(bits, shapes, is_leaf=lambda x: isinstance(x, tuple)) for shapes in (PARAMS, STATS))
     opt_state = optax.adamw(1e-3).init(jax.tree.map(jnp.asarray, params))
     opt_state = jax.tree.map(lambda x: bits(x.shape) if x.dtype == jnp.float32 else x, opt_state)
-    return State(step=np.int32(step), params=params, opt_state=opt_state)
+    ema = {"encoder": {"block_0": {"scale": bits((8,))}}}  # of what is trained, a part
+    return State(step=np.int32(step), params=params, opt_state=opt_state, stats=stats, ema=ema)
 
 
 def place(state, mesh, split):
@@ -198,10 +200,11 @@ def test_every_difference_is_listed_with_names_shapes_and_dtypes(tmp_path):
 
     assert len(told) == 4
     kernel, bias = line_about("params/encoder/kernel"), line_about("params/encoder/bias")
+    assert all("misshapen: params/encoder/" in line for line in (kernel, bias))
     assert "(16, 4)" in kernel and "(16, 6)" in kernel
     assert "float32" in bias and "bfloat16" in bias
-    assert "no params/encoder/new" in line_about("params/encoder/new")
-    assert "unknown params/decoder/mask_token" in line_about("params/decoder/mask_token")
+    assert "missing: params/encoder/new" in line_about("params/encoder/new")
+    assert "unused: params/decoder/mask_token" in line_about("params/decoder/mask_token")
 
 
 def test_another_optimizer_is_a_difference(tmp_path):
@@ -217,10 +220,28 @@ def test_another_optimizer_is_a_difference(tmp_path):
 @pytest.mark.parametrize("part", [("encoder",), ("decoder",), ("encoder", "decoder")], ids="+".join)
 def test_parameters_alone_or_a_part_of_them_can_be_read(part, tmp_path):
     state = saved(tmp_path, 4, 12)
-    abstract = {name: jax.eval_shape(lambda name=name: state.params[name]) for name in part}
-    params = checkpoint.load_params(tmp_path, abstract)
-    assert_same_bits(params, {name: state.params[name] for name in part})
-    assert {leaf.device for leaf in jax.tree.leaves(params)} == {jax.devices()[0]}
+    wanted = {"params": {name: state.params[name] for name in part}}
+    whole = "params" if len(part) == 2 else f"params/{part[0]}/"
+    read = checkpoint.load(tmp_path, jax.eval_shape(lambda: wanted), whole)
+    assert_same_bits(read, wanted)
+    assert {leaf.device for leaf in jax.tree.leaves(read)} == {jax.devices()[0]}
+
+
+def test_statistics_and_moving_averages_can_be_read_too(tmp_path):
+    state = saved(tmp_path, 4)
+    wanted = {"params": state.params, "stats": state.stats, "ema": state.ema}
+    assert_same_bits(checkpoint.load(tmp_path, jax.eval_shape(lambda: wanted)), wanted)
+
+
+def test_a_checkpoint_tells_what_it_holds(tmp_path):
+    saved(tmp_path, 4)
+    names = checkpoint.names_in(tmp_path)
+    assert {name for name in names if not name.startswith("opt_state/")} == {
+        *("step", "params/encoder/kernel", "params/encoder/bias", "params/encoder/block_0/scale"),
+        *("params/decoder/mask_token", "stats/batch_stats/norm/mean", "stats/batch_stats/norm/var"),
+        "ema/encoder/block_0/scale",
+    }
+    assert checkpoint.names_in(tmp_path / "checkpoints" / "4") == names
 
 
 def test_parameters_of_a_run_on_8_devices_are_read_onto_one(tmp_path):
@@ -228,11 +249,12 @@ def test_parameters_of_a_run_on_8_devices_are_read_onto_one(tmp_path):
     checkpoints = Checkpoints(tmp_path, CONFIG)
     checkpoints.save(state, 1)
     checkpoints.close()
-    assert_same_bits(checkpoint.load_params(tmp_path, jax.eval_shape(lambda: state.params)), state.params)
+    wanted = {"params": state.params}
+    assert_same_bits(checkpoint.load(tmp_path, jax.eval_shape(lambda: wanted)), wanted)
 
 
-def test_parameters_that_are_not_there_or_differ_are_refused(tmp_path):
-    state = saved(tmp_path, 4)
+def test_parameters_that_are_not_there_or_not_used_or_differ_are_refused(tmp_path):
+    saved(tmp_path, 4)
     wanted = {
         "encoder": {
             "kernel": jax.ShapeDtypeStruct((16, 4), jnp.bfloat16),
@@ -241,14 +263,20 @@ def test_parameters_that_are_not_there_or_differ_are_refused(tmp_path):
         }
     }
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load_params(tmp_path / "checkpoints" / "4", wanted)
-    told = sorted(line.partition(": ")[2] for line in caught.value.problems)
-    assert told == [
-        "no params/encoder/block_1/scale ((8,), 'float32')",
-        "params/encoder/bias is ((8,), 'float32'), not ((9,), 'float32')",
-        "params/encoder/kernel is ((16, 4), 'float32'), not ((16, 4), 'bfloat16')",
+        checkpoint.load(tmp_path, {"params": wanted}, "params/encoder/")
+    told = [line.removeprefix(f"{tmp_path / 'checkpoints' / '4'}: ") for line in caught.value.problems]
+    of_encoder = [
+        "missing: params/encoder/block_1/scale ((8,), 'float32')",
+        "unused: params/encoder/block_0/scale ((8,), 'float32')",
+        "misshapen: params/encoder/bias is ((8,), 'float32'), not ((9,), 'float32')",
+        "misshapen: params/encoder/kernel is ((16, 4), 'float32'), not ((16, 4), 'bfloat16')",
     ]
-    del state
+    assert sorted(told) == sorted(of_encoder), "a decoder is of no interest"
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(tmp_path / "checkpoints" / "4", {"params": wanted})
+    told = [line.removeprefix(f"{tmp_path / 'checkpoints' / '4'}: ") for line in caught.value.problems]
+    decoder = "unused: params/decoder/mask_token ((1, 1, 8), 'float32')"
+    assert sorted(told) == sorted([*of_encoder, decoder]), "unless all parameters are wanted"
 
 
 def test_a_workdir_its_checkpoints_or_one_of_them_can_be_named(tmp_path):

@@ -344,17 +344,17 @@ def above(lowest):
     return lambda path: int(path.split("/")[1].removeprefix("layer_")) >= lowest
 
 
-def names_of(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)}
+def flat(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_what_is_not_trained_stays_bit_for_bit_and_has_no_moments(devices):
-    abstract, new_state, train_step = training_of(above(2), devices=devices)
-    moments = {name for name in names_of(abstract.opt_state) if "layers" in name}
+def test_what_is_not_trained_stays_bit_for_bit_and_has_no_moments():
+    abstract, new_state, train_step = training_of(above(2))
+    moments = {name for name in flat(abstract.opt_state) if "layers" in name}
     assert len(moments) == 2 * 2 * 2, "two moments of the kernel and the bias of two layers"
     assert not any(frozen in name for name in moments for frozen in ("layer_0", "layer_1"))
-    assert names_of(abstract.params) == names_of(init_network()[0]), "what is not trained is there all the same"
+    assert flat(abstract.params).keys() == flat(init_network()[0]).keys(), "what is not trained is there all the same"
     state = new_state()
     before = jax.device_get(state.params)["layers"]
     for step in range(3):
@@ -397,13 +397,9 @@ def test_nothing_is_computed_backwards_below_what_is_trained():
 
     def products(lowest):
         abstract, _, train_step = training_of(above(lowest))
-        lines = train_step.lower(abstract, network_batch(0)).compile().as_text().splitlines()
-        # on CPU a product is a dot or a call of a library, alone or within a fusion
-        return sum(" dot(" in line or "__onednn$matmul" in line for line in lines)
+        return train_step.lower(abstract, network_batch(0)).as_text().count("stablehlo.dot_general")
 
-    assert [products(lowest) for lowest in range(DEPTH)] == [
-        DEPTH + 2 * (DEPTH - lowest) - 1 for lowest in range(DEPTH)
-    ]
+    assert [products(lowest) for lowest in (0, 1, 2, 3)] == [4 + 4 + 3, 4 + 3 + 2, 4 + 2 + 1, 4 + 1]
 
 
 @pytest.mark.parametrize("lowest", [0, 2])
@@ -412,7 +408,7 @@ def test_moving_averages_are_the_formula(lowest):
     abstract, new_state, train_step = training_of(above(lowest), ema=decay, devices=8)
     state = new_state()
     want = {name: np.asarray(leaf, np.float64) for name, leaf in flat(state.params).items() if above(lowest)(name)}
-    assert names_of(abstract.ema) == set(want), "of the trained parameters alone"
+    assert flat(abstract.ema).keys() == want.keys(), "of the trained parameters alone"
     for name, leaf in flat(state.ema).items():
         np.testing.assert_array_equal(leaf, want[name], "they begin as the parameters")
     for step in range(5):
@@ -429,11 +425,6 @@ def test_moving_averages_are_the_formula(lowest):
     assert moved.max() > 1e-3, "and these are others"
 
 
-def flat(tree):
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def test_averages_do_not_change_what_is_trained_and_without_them_parameters_are_evaluated():
     (_, plain, step), (_, averaging, averaging_step) = training_of(above(0)), training_of(above(0), ema=0.9)
     a, b = plain(), averaging()
@@ -444,14 +435,13 @@ def test_averages_do_not_change_what_is_trained_and_without_them_parameters_are_
     jax.tree.map(np.testing.assert_array_equal, a.averaged, a.params)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_statistics_are_carried_from_step_to_step(devices):
-    abstract, new_state, train_step = training_of(above(0), devices=devices)
-    assert "mean" not in "".join(names_of(abstract.opt_state)), "they have no gradient"
+def test_statistics_are_carried_from_step_to_step():
+    abstract, new_state, train_step = training_of(above(0), devices=8)
+    assert "mean" not in "".join(flat(abstract.opt_state)), "they have no gradient"
     state, mean = new_state(), np.zeros(WIDTH)
     for step in range(4):
         batch = network_batch(step)
-        state, _ = train_step(state, jax.device_put(batch, batch_sharding(make_mesh(data=devices))))
+        state, _ = train_step(state, jax.device_put(batch, batch_sharding(make_mesh())))
         mean = 0.75 * mean + 0.25 * batch["x"].mean(axis=0, dtype=np.float64)
     np.testing.assert_allclose(state.stats["mean"], mean, rtol=0, atol=1e-6)
     assert state.stats["steps"] == 4
