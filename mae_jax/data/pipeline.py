@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,6 +20,7 @@ from jax.sharding import Sharding
 from mae_jax.data.augment import DRAWING_NOTHING, augment_file, decode
 from mae_jax.data.augment import augment as augment_image
 from mae_jax.data.cache import decoded
+from mae_jax.data.randaugment import rand_augment
 from mae_jax.data.sources import SOURCES, Source, balanced, in_memory
 from mae_jax.errors import DataError
 
@@ -49,6 +51,7 @@ class Dataset:
       augment: a row of `augment.AUGMENTATIONS`.
       scale, ratio: of random resized crops.
       flip: whether to flip every other image left to right.
+      randaugment: magnitude of RandAugment's two operations, up to 10, on what was cropped and flipped; 0: none.
       repeats: so many samples of a batch are crops of one image, which is read once. Where reading is what limits
         the speed, two to four cost little accuracy (Hoffer et al. 2020, arXiv 1901.09335).
       held_out_augment: what is done to held-out images, a row of `augment.AUGMENTATIONS` that draws nothing.
@@ -71,6 +74,7 @@ class Dataset:
     scale: Sequence[float] = (0.2, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     flip: bool = False
+    randaugment: float = 0.0
     repeats: int = 1
     held_out_augment: str = "none"
     per_class: int = 0
@@ -213,7 +217,8 @@ class Dataset:
             return parts | {"readable": tf.ones_like(parts["weight"], tf.bool)}
 
         def prepare_chunk(chunk):
-            return {**chunk, "image": tf.map_fn(lambda x: self._prepare(x, seed), chunk, fn_output_signature=tf.uint8)}
+            image = tf.map_fn(lambda x: self._prepare(x, seed), chunk, fn_output_signature=tf.uint8)
+            return {**chunk, "image": self._rand_augmented(image, chunk, seed) if self.randaugment else image}
 
         def mend(chunk):
             return _mended(chunk, self.channels)
@@ -251,6 +256,19 @@ class Dataset:
         else:
             image = decode(example["image"], self.channels)
         return tf.stack([augment_image(image, one, **settings) for one in seeds])
+
+    def _rand_augmented(self, image, chunk: dict, seed: int):
+        """RandAugment of the samples made of each image, uint8[n,repeats,H,W,C]; what cannot be read stays black."""
+
+        def operate(image, place, readable):
+            out = image.copy()
+            for i, j in itertools.product(np.flatnonzero(readable), range(self.repeats)):
+                number = place[i] * self.repeats + j
+                out[i, j] = rand_augment(image[i, j], np.array([seed, number]), layers=2, magnitude=self.randaugment)
+            return out
+
+        parts = [image, chunk["place"], chunk["readable"]]
+        return tf.ensure_shape(tf.numpy_function(operate, parts, tf.uint8, stateful=False), image.shape)
 
 
 def _mended(chunk: dict, channels: int) -> dict:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mae_jax.data import pipeline
 from mae_jax.data.pipeline import CHUNK, Dataset
+from mae_jax.data.randaugment import rand_augment
 from mae_jax.data.sources import SOURCES, Source
 from mae_jax.errors import DataError
 from mae_jax.training.sharding import batch_sharding, make_mesh
@@ -211,6 +212,35 @@ def test_repeats_are_for_training_alone(sets):
     data = dataclasses.replace(sets["synthetic"], repeats=4)
     assert joined(data.once(sharding()))["weight"].sum() == 40
     assert data.held_out_set().repeats == 1
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("digits", 1), ("digits", 2), ("synthetic", 1), ("folder", 2)])
+def test_randaugment_comes_last_and_changes_each_sample_by_its_number(name, repeats, sets, caplog):
+    plain = dataclasses.replace(sets[name], repeats=repeats, batch_size=8)
+    data = dataclasses.replace(plain, randaugment=9.0)
+    before, after = (take(x.shuffled(3, 5, sharding()), 2) for x in (plain, data))
+    changed = []
+    for step, (a, b) in enumerate(zip(before, after, strict=True), 5):
+        assert np.array_equal(a["label"], b["label"]) and np.array_equal(a["weight"], b["weight"])
+        for i, (image, out, weight) in enumerate(zip(a["image"], b["image"], a["weight"], strict=True)):
+            want = rand_augment(image, np.array([3, 8 * step + i]), layers=2, magnitude=9.0) if weight else image
+            assert np.array_equal(out, want)
+            changed.append(not np.array_equal(out, image))
+    assert sum(changed) > len(changed) / 3
+
+
+def test_an_image_that_cannot_be_read_stays_black_whatever_randaugment_does(tmp_path, caplog):
+    data = dataclasses.replace(make_folder(tmp_path / "tree", 20, bad=range(0, 20, 2)), randaugment=10.0)
+    whole = joined(take(data.shuffled(0, 0, sharding()), 5))
+    bad = whole["weight"] == 0
+    assert bad.sum() == 20 and not whole["image"][bad].any()
+    assert len({image.tobytes() for image in whole["image"][~bad]}) > 10
+
+
+def test_randaugment_is_for_training_alone(sets):
+    data = dataclasses.replace(sets["synthetic"], augment="none", flip=False, randaugment=9.0)
+    assert data.held_out_set().randaugment == 0
+    assert data.but(randaugment=0.0).examples is data.examples
 
 
 @pytest.mark.parametrize(("size", "limit"), [(40, None), (13, None), (1, None), (40, 11), (40, 8), (13, 500)])
