@@ -32,7 +32,7 @@ SETS = {
 def get_config(name: str = "") -> ConfigDict:
     if name not in SETS:
         raise ConfigError(f"--config: no recipe {name!r}; use one of {', '.join(SETS)}{nearest(name, SETS)}")
-    config = ConfigDict({"init": "", "names": ()})
+    config = ConfigDict({"init": "", "names": (), "occurring_only": name in ("imagenet_a", "imagenet_r")})
     config.data = {key: placeholder(str) for key in ("source", "name", "data_dir", "path", "split")}
     config.data.batch_size = 256
     config.data.update(SETS[name])

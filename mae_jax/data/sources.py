@@ -88,8 +88,7 @@ def balanced(source: Source, per_class: int, seed: int) -> Source:
     """
     if not source.labels:
         raise ConfigError("config.data.per_class: this data set has no labels, of at least two classes; set it to 0")
-    chunks = [np.arange(i, min(i + LABELS_AT_ONCE, source.size)) for i in range(0, source.size, LABELS_AT_ONCE)]
-    labels = np.concatenate([source.read(index)[1] for index in chunks])
+    labels = labels_of(source)
     counts = np.bincount(labels[labels >= 0], minlength=len(source.labels))
     if counts.min() < per_class:
         fewest = int(counts.argmin())
@@ -107,6 +106,12 @@ def balanced(source: Source, per_class: int, seed: int) -> Source:
         name=lambda at: source.name(int(index[at])),
         identity=identity,
     )
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """The label of each example, i64[n]; files are read for it, one and all."""
+    chunks = [np.arange(i, min(i + LABELS_AT_ONCE, source.size)) for i in range(0, source.size, LABELS_AT_ONCE)]
+    return np.concatenate([source.read(index)[1] for index in chunks])
 
 
 def digits(*, split: str, **_) -> Source:

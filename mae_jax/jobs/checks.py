@@ -163,8 +163,8 @@ def run_problems(config: ConfigDict) -> list[str]:
         problems.append(
             f"config.mesh.data: {used} is not between 1 and the {devices} device(s) there are, nor -1 for all"
         )
-    elif data.batch_size < 1 or data.batch_size % used:
-        problems.append(f"config.data.batch_size: {data.batch_size} is not a multiple of the {used} device(s), above 0")
+    else:
+        problems += batch_problems(data.batch_size, used)
     hosts = jax.process_count()
     if data.repeats < 1 or data.batch_size % (max(data.repeats, 1) * hosts):
         problems.append(f"config.data.repeats: {data.repeats}, times {hosts} host(s), does not divide the batch size")
@@ -186,12 +186,17 @@ def run_problems(config: ConfigDict) -> list[str]:
             problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))
     if not 0 <= data.randaugment <= 10:
         problems.append(f"config.data.randaugment: {data.randaugment} is not between 0 (off) and 10")
-    for group, keys in LEAST.items():
-        for key, least in keys.items() if group in config else ():
-            value = config[group][key]
-            if value is not None and value < least:
-                problems.append(f"config.{group}.{key}: {value} is below {least}")
-    return problems
+    return problems + count_problems(config)
+
+
+def count_problems(config: ConfigDict) -> list[str]:
+    """Which settings that count something are below the `LEAST` they can be, one line each."""
+    return [
+        f"config.{group}.{key}: {config[group][key]} is below {least}"
+        for group, keys in LEAST.items()
+        for key, least in keys.items()
+        if group in config and config[group].get(key) is not None and config[group][key] < least
+    ]
 
 
 def length(config: ConfigDict) -> float | None:
@@ -205,32 +210,54 @@ def data_problems(config: ConfigDict, data: Dataset, held_out: Dataset, labelled
     Args:
       labelled: whether there must be classes, the same ones in both.
     """
-    problems, sources = [], {}
-    for name, part in {"training": data, "held-out": held_out}.items():
-        try:
-            source = sources[name] = part.opened
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        if source.shape and source.shape[-1] != data.channels:
-            problems.append(
-                f"config.data.channels: {data.source} has images of {source.shape[-1]} channel(s), not {data.channels}"
-            )
-        least = data.batch_size if name == "training" and "train" in config else 1
-        if source.size < least:
-            problems.append(
-                f"config.data: the {name} split {part.split!r} has {source.size} images, fewer than "
-                + (f"config.data.batch_size {least}" if least > 1 else "one")
-            )
-        elif name == "training" and "train" in config and (length(config) or 0) > 0:
-            steps = total_steps(source.size // least, **config.train)
-            if not 1 <= steps < 2**31:
-                problems.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
-        if labelled and not source.labels:
-            problems.append(f"config.data: the {name} split {part.split!r} has no labels, of at least two classes")
-    if labelled and len({source.labels for source in sources.values()}) > 1:
-        problems.append("config.data: the training and the held-out split have other classes")
+    least = data.batch_size if "train" in config else 1
+    in_training = split_problems(data, "training", least, labelled)
+    in_held_out = split_problems(held_out, "held-out", 1, labelled)
+    if not in_training and "train" in config and (length(config) or 0) > 0:
+        steps = total_steps(data.opened.size // least, **config.train)
+        if not 1 <= steps < 2**31:
+            in_training.append(f"config.train: {steps} steps in all; give more than none and fewer than {2**31}")
+    if labelled and not in_training + in_held_out and data.opened.labels != held_out.opened.labels:
+        in_held_out.append("config.data: the training and the held-out split have other classes")
+    return in_training + in_held_out
+
+
+def split_problems(data: Dataset, name: str, least: int = 1, labelled: bool = False) -> list[str]:
+    """What is wrong with a split once it is opened, one line each; `name` is what to call it, `least` how many images.
+
+    Args:
+      labelled: whether there must be classes.
+    """
+    try:
+        source = data.opened
+    except ConfigError as error:
+        return error.problems
+    problems = []
+    if source.shape and source.shape[-1] != data.channels:
+        problems.append(
+            f"config.data.channels: {data.source} has images of {source.shape[-1]} channel(s), not {data.channels}"
+        )
+    if source.size < least:
+        problems.append(
+            f"config.data: the {name} split {data.split!r} has {source.size} images, fewer than "
+            + (f"config.data.batch_size {least}" if least > 1 else "one")
+        )
+    if labelled and not source.labels:
+        problems.append(f"config.data: the {name} split {data.split!r} has no labels, of at least two classes")
     return problems
+
+
+def reading_problems(data: Dataset) -> list[str]:
+    """What is wrong with the settings of data that is read once, over all devices there are, one line each."""
+    problems = unknown_names({"config.data.source": (data.source, SOURCES)})
+    return problems + batch_problems(data.batch_size, jax.device_count())
+
+
+def batch_problems(size: int, devices: int) -> list[str]:
+    """What is wrong with a batch of so many images over so many devices: a line, or none."""
+    if size >= 1 and size % devices == 0:
+        return []
+    return [f"config.data.batch_size: {size} is not a multiple of the {devices} device(s), above 0"]
 
 
 def untold(problems: list[str], more: list[str]) -> list[str]:

@@ -133,7 +133,8 @@ def evaluation(held_out: Dataset, run: Run, forward: Callable, *, every: int = 0
 
 def description(data: Dataset) -> dict:
     """Which images these are, for results.json."""
-    return {key: getattr(data, key) for key in ("source", "name", "path", "split") if getattr(data, key)}
+    where = {"tfds": ["name"], "folder": ["path"], "files": ["path"]}.get(data.source, [])
+    return {key: getattr(data, key) for key in ("source", *where, "split")}
 
 
 def summary(total: dict[str, np.ndarray], classes: Sequence[str]) -> dict:

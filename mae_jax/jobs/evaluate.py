@@ -4,7 +4,8 @@
 
 Reads the classifier of config.init, a workdir of probe or finetune or one of its checkpoints, and the held-out split it
 was trained with, or what config.data names. Classes are told by their names: where a data set has only some of the
-model's, such as ImageNet-A, the choice is among those. config.names evaluates several TFDS data sets in one go.
+model's, the choice is among those; with config.occurring_only, among those of which it has images, as is the custom for
+ImageNet-A and -R, which TFDS gives all the names of ImageNet. config.names evaluates several TFDS data sets in one go.
 Writes into the workdir:
 
     config.json      the config, complete
@@ -20,10 +21,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mae_jax.config import make_workdir, to_json, write_json
 from mae_jax.data.pipeline import Dataset
+from mae_jax.data.sources import labels_of
 from mae_jax.errors import ConfigError
 from mae_jax.jobs import checks, classification
 from mae_jax.training import checkpoint
@@ -32,7 +35,7 @@ from mae_jax.training.sharding import batch_sharding, make_mesh
 
 WRITES_WORKDIR = True
 
-# Errors of AlexNet, summed over the five severities of each corruption: what ImageNet-C divides by (Hendrycks and
+# Errors of AlexNet, each the mean over the five severities of a corruption: what ImageNet-C divides by (Hendrycks and
 # Dietterich 2019, arXiv 1903.12261, in the code that goes with it).
 ALEXNET = {
     "gaussian_noise": 0.886428,
@@ -59,24 +62,31 @@ def run(config: ConfigDict, workdir: Path) -> None:
     config, trained, sets = check(config)
     if (workdir / checkpoint.FOLDER).exists():
         raise ConfigError(f"--workdir={workdir}: holds a training run, whose files would be overwritten; name another")
-    make_workdir(workdir)
     model, trained, variables = classification.load(config.init)
+    make_workdir(workdir)
     forward = classification.logits_of(model, trained)
-    sharding = batch_sharding(make_mesh())
+    mesh = make_mesh()
+    variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
     @jax.jit
     def measure(args, batch):
-        variables, columns = args
+        variables, columns, number_of = args
         stats = {key: value for key, value in variables.items() if key != "params"}
-        return tally(forward(variables["params"], stats, batch)[:, columns], batch["label"], batch["weight"])
+        labels = jnp.where(batch["label"] >= 0, number_of[batch["label"]], -1)
+        return tally(forward(variables["params"], stats, batch)[:, columns], labels, batch["weight"])
 
     write_json(workdir / "config.json", to_json(config))
     about = {"job": "evaluate", "init": config.init, "checkpoint": str(checkpoint.locate(config.init))}
     found = {}
     for name, data in sets.items():
-        columns = jnp.asarray([trained.classes.index(label) for label in data.opened.labels])
-        total = sums(measure, (variables, columns), data.once(sharding))
-        found[name] = classification.summary(total, data.opened.labels) | {"data": classification.description(data)}
+        names = data.opened.labels
+        kept = np.unique(labels_of(data.opened)) if config.occurring_only else np.arange(len(names))
+        kept = kept[kept >= 0]
+        columns = jnp.array([trained.classes.index(names[label]) for label in kept])
+        number_of = jnp.full(len(names), -1).at[kept].set(np.arange(len(kept)))  # label -> column
+        total = sums(measure, (variables, columns, number_of), data.once(batch_sharding(mesh)))
+        summary = classification.summary(total, [names[label] for label in kept])
+        found[name] = summary | {"data": classification.description(data)}
         print(f"{name}  {classification.describe(found[name])}", flush=True)
     if len(sets) == 1:
         classification.leave(workdir, about | found[name], total["confusion"])
@@ -122,7 +132,7 @@ def data_settings(
 
 
 SCHEMA = {"data": data_settings}
-VALUES = {"init": str, "names": Sequence[str]}
+VALUES = {"init": str, "names": Sequence[str], "occurring_only": bool}
 
 
 def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, dict[str, Dataset]]:
@@ -138,17 +148,17 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, dict[str, Dataset
     given = data_settings(**config.data)
     held_out = Dataset(**{**trained.data, "cache": ""}).held_out_set().but(**given)
     sets = {name: held_out.but(name=name) for name in config.names}
-    sets = sets or {held_out.name or held_out.path or held_out.source: held_out}
+    told = classification.description(held_out)
+    sets = sets or {told.get("name") or told.get("path") or told["source"]: held_out}
+    problems += checks.reading_problems(held_out)
+    checks.raise_if_no_data(problems)
     for name, data in sets.items():
-        try:
-            labels = data.opened.labels
-        except ConfigError as error:
-            problems += error.problems
+        wrong = checks.split_problems(data, name, labelled=True)
+        if wrong:
+            problems += wrong
             continue
-        unknown = [label for label in labels if label not in trained.classes]
-        if not labels:
-            problems.append(f"config.data: {name} has no labels to evaluate on")
-        elif unknown:
+        unknown = [label for label in data.opened.labels if label not in trained.classes]
+        if unknown:
             problems.append(
                 f"config.data: {name} has classes that {config.init} does not know: {', '.join(unknown[:5])}"
                 + f" and {len(unknown) - 5} more" * (len(unknown) > 5)

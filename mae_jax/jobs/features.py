@@ -40,13 +40,14 @@ def collect(
 
     Args:
       extract: from `make_extract`.
-      limit: take only so many images, evenly spread over the data.
+      limit: take only so many images, the first ones.
 
     Raises:
       DataError: none can be read.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     gather = jax.jit(lambda parts: parts, out_shardings=everywhere)
+    params = jax.device_put(params, everywhere)
     found = []
     for batch in data.once(batch_sharding(mesh), limit):
         parts = {"feature": extract(params, batch["image"]), "label": batch["label"], "weight": batch["weight"]}

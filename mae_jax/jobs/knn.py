@@ -46,8 +46,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     config, trained, data, held_out = check(config)
     if (workdir / checkpoint.FOLDER).exists():
         raise ConfigError(f"--workdir={workdir}: holds a training run, whose files would be overwritten; name another")
-    make_workdir(workdir)
     encoder, params = models.load_encoder(config.init)
+    make_workdir(workdir)
     mesh = make_mesh()
     extract = make_extract(encoder, config.features, trained.pixels)
     began = time.perf_counter()
@@ -177,6 +177,8 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset, Dataset]
         problems.append(f"config.temperature: {config.temperature} is not above 0")
     data = Dataset(**{**trained.data, "cache": "", **data_settings(**config.data)}).plain()
     held_out = data.held_out_set()
+    problems += checks.reading_problems(data) + checks.count_problems(config)
+    checks.raise_if_no_data(problems)
     problems += checks.data_problems(config, data, held_out, labelled=True)
     if problems:
         raise ConfigError(dict.fromkeys(problems))

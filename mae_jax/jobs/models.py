@@ -94,7 +94,7 @@ def averaged(path: str | Path, params: dict) -> dict:
     """The parameters read from the checkpoint at `path`, with the moving averages of those that have one."""
     kept = {name.removeprefix("ema/") for name in checkpoint.names_in(path) if name.startswith("ema/")}
     inside, _ = split(params, kept.__contains__)
-    return join(params, checkpoint.load(path, {"ema": jax.eval_shape(lambda: inside)})["ema"]) if inside else params
+    return join(params, checkpoint.load(path, {"ema": jax.eval_shape(lambda: inside)}, ())["ema"]) if inside else params
 
 
 def encoder_to_start_from(config: ConfigDict) -> dict:

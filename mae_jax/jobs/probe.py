@@ -49,9 +49,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if once:
         began = time.perf_counter()
         extract = make_extract(model.encoder, model.pool, config.pixels)
-        shown, looked_at = (
-            part.holding(*collect(extract, start["encoder"], part, run.mesh)) for part in (data, held_out)
-        )
+        encoder = start["encoder"]
+        if run.checkpoints.latest_step is not None:  # config.init may have been trained further since the run began
+            _, encoder = models.load_encoder(workdir)
+        shown, looked_at = (part.holding(*collect(extract, encoder, part, run.mesh)) for part in (data, held_out))
         took = time.perf_counter() - began
         print(f"features of {shown.opened.size} and {looked_at.opened.size} images in {took:.1f} s", flush=True)
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -146,7 +147,8 @@ def _begin_with(params: dict, state: State) -> State:
 
     def place(tree):
         leaves = flatten_dict(tree, sep="/")
-        leaves |= {name: jax.device_put(given[name], leaves[name].sharding) for name in given.keys() & leaves.keys()}
+        for name in given.keys() & leaves.keys():  # copied, as both trees are donated and may share no memory
+            leaves[name] = jnp.copy(jax.device_put(given[name], leaves[name].sharding))
         return unflatten_dict(leaves, sep="/")
 
     return state.replace(params=place(state.params), ema=place(state.ema))

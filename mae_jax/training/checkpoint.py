@@ -112,13 +112,13 @@ def load_config(path: str | Path) -> dict:
         raise CheckpointError(f"{file}: not readable ({error}); use another checkpoint") from error
 
 
-def load(path: str | Path, abstract: dict, whole: str = "params") -> dict:
+def load(path: str | Path, abstract: dict, whole: str | tuple[str, ...] = "params") -> dict:
     """A part of the state in the checkpoint at `path`, on the first local device.
 
     Args:
       path: a workdir or a checkpoint.
       abstract: the tree to read, as ShapeDtypeStructs: {"params": {"encoder": ...}}.
-      whole: where the checkpoint may hold nothing but what is read, such as "params/encoder".
+      whole: where the checkpoint may hold nothing but what is read, such as "params/encoder"; (): nowhere.
 
     Raises:
       CheckpointError: there is no checkpoint, or names, shapes or dtypes differ; all that do are listed.
@@ -146,7 +146,7 @@ def _leaves(tree) -> dict[str, tuple]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in paths}
 
 
-def _compare(stored, wanted, where, whole: str = "") -> None:
+def _compare(stored, wanted, where, whole: str | tuple[str, ...] = "") -> None:
     """Raise a CheckpointError that lists every leaf that is missing, unused or of another shape or dtype.
 
     Orbax itself restores a missing leaf as a ShapeDtypeStruct without a word. Of what is stored but not wanted, only
