@@ -46,7 +46,7 @@ def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_co
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_is_complete_and_builds_at_its_full_size(name):
     config, problems = complete(recipes.get_config(name), pretrain.SCHEMA, pretrain.VALUES)
-    assert problems + checks.model_problems(config) + checks.run_problems(config) == []
+    assert problems + checks.autoencoder_problems(config) + checks.run_problems(config) == []
     model, target = models.build(config)
     params = jax.eval_shape(lambda: models.init(model, config, jax.random.key(0)))
     width = params["decoder"]["head"]["kernel"].shape[-1]

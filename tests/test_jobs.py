@@ -22,6 +22,7 @@ from mae_jax.config import load
 from mae_jax.data.sources import digits
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import models, panels, pretrain
+from mae_jax.jobs.runs import Run
 from mae_jax.model import masking
 from mae_jax.training import metrics
 from mae_jax.training.sharding import batch_sharding, make_mesh
@@ -400,13 +401,13 @@ def test_a_config_that_cannot_be_read_is_one_line(trained, tmp_path, capsys):
 
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, monkeypatch, capsys):
-    workdir, summarize = copy_of(trained, tmp_path), pretrain.summarize
+    workdir, summarize = copy_of(trained, tmp_path), Run._summarize
 
-    def summarize_anew(*arguments):
+    def summarize_anew(run):
         assert not (workdir / "summary.json").exists(), "were this run killed, that of 50 steps would pass for its own"
-        summarize(*arguments)
+        summarize(run)
 
-    monkeypatch.setattr(pretrain, "summarize", summarize_anew)
+    monkeypatch.setattr(Run, "_summarize", summarize_anew)
     assert pretraining(workdir, *SHORT, "--config.train.steps=52") == 0
     out = capsys.readouterr().out
     assert "changed: config.train.steps: 50 in" in out and "now 52" in out

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mae_jax import compiled
 from mae_jax.data import augment as module
-from mae_jax.data.augment import AUGMENTATIONS, augment, centre_crop, decode, random_crop_box, resize
+from mae_jax.data.augment import AUGMENTATIONS, DRAWING_NOTHING, augment, decode, random_crop_box, resize
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 OPTIONS = {"scale": SCALE, "ratio": RATIO}
@@ -146,21 +146,29 @@ def test_resize_stays_within_8_bits():
     assert (out[:, :20] < 30).all() and (out[:, 30:] > 225).all()
 
 
+@pytest.mark.parametrize(("name", "margin"), {"none": 1, "centre_crop": 8 / 7}.items())
 @pytest.mark.parametrize(
     ("shape", "size"), [((97, 130), (32, 32)), ((130, 97), (32, 32)), ((60, 60), (16, 24)), ((20, 33), (48, 40))]
 )
-def test_without_augmentation_the_short_side_is_resized_and_the_centre_cut(shape, size):
+def test_in_evaluation_the_short_side_is_resized_and_the_centre_cut(shape, size, name, margin):
     image = picture(*shape)
-    grow = max(size[0] / shape[0], size[1] / shape[1])
+    grow = margin * max(size[0] / shape[0], size[1] / shape[1])
     covered = pil_resize(image, (round(shape[0] * grow), round(shape[1] * grow)))
     top, left = (covered.shape[0] - size[0]) // 2, (covered.shape[1] - size[1]) // 2
-    ours = centre_crop(image, size, None, SCALE, RATIO).numpy()
+    ours = AUGMENTATIONS[name](image, size, None, SCALE, RATIO).numpy()
     assert np.array_equal(ours, covered[top : top + size[0], left : left + size[1]])
 
 
 def test_an_image_of_the_right_size_is_left_as_it_is():
     image = picture(24, 32)
-    assert np.array_equal(centre_crop(image, (24, 32), None, SCALE, RATIO), image)
+    assert np.array_equal(AUGMENTATIONS["none"](image, (24, 32), None, SCALE, RATIO), image)
+
+
+def test_an_image_of_imagenet_is_resized_to_256_and_its_centre_cut():
+    """As torchvision's Resize(256) and CenterCrop(224) do: from one of 256 pixels, 16 are cut off at each side."""
+    image = picture(256, 256)
+    ours = AUGMENTATIONS["centre_crop"](image, (224, 224), None, SCALE, RATIO)
+    assert np.array_equal(ours, image[16:-16, 16:-16])
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -185,8 +193,11 @@ def test_the_seed_alone_decides(name):
     first = draw(0, 7)
     tf.random.set_seed(123)
     assert np.array_equal(first, draw(0, 7))
-    different = sum(not np.array_equal(first, draw(*seed)) for seed in [(0, 8), (0, 9), (1, 7), (2, 7), (5, 5), (9, 3)])
-    assert different >= (5 if name != "none" else 1)
+    others = [draw(*seed) for seed in [(0, 8), (0, 9), (1, 7), (2, 7), (5, 5), (9, 3)]]
+    different = sum(not np.array_equal(first, other) for other in others)
+    assert different >= (1 if name in DRAWING_NOTHING else 5)
+    flips = sum(not np.array_equal(first, other) and np.array_equal(first, other[:, ::-1]) for other in others)
+    assert name not in DRAWING_NOTHING or flips == different, "it is flipped or not, and that is all"
 
 
 def drawn(image, count, **options):

@@ -240,7 +240,8 @@ def test_an_image_that_cannot_be_read_stays_black_whatever_randaugment_does(tmp_
 def test_randaugment_is_for_training_alone(sets):
     data = dataclasses.replace(sets["synthetic"], augment="none", flip=False, randaugment=9.0)
     assert data.held_out_set().randaugment == 0
-    assert data.but(randaugment=0.0).examples is data.examples
+    examples = data.examples
+    assert data.but(randaugment=0.0).examples is examples
 
 
 @pytest.mark.parametrize(("size", "limit"), [(40, None), (13, None), (1, None), (40, 11), (40, 8), (13, 500)])
@@ -443,3 +444,88 @@ def test_settings_may_be_lists_as_in_a_config_read_from_json():
     )
     a, b = (take(data.shuffled(0, 0, sharding()), 1)[0] for data in (plain, lists))
     assert same(a, b)
+
+
+def all_of(data):
+    return joined(take(data.once(sharding()), 1000))
+
+
+def test_plain_images_are_those_of_evaluation_and_are_not_read_again(sets):
+    data = dataclasses.replace(sets["folder"], repeats=4, held_out_augment="centre_crop")
+    unread, size, plain = data.plain(), data.examples.size, data.plain()
+    assert (plain.augment, plain.flip, plain.randaugment, plain.repeats) == ("centre_crop", False, 0, 1)
+    assert plain.split == data.split and plain.opened is data.opened and plain.examples is data.examples
+    assert unread == plain and "opened" not in vars(unread) and size == 21
+    assert same(all_of(plain), all_of(folder(data.path, augment="centre_crop")))
+    assert not same(all_of(plain), all_of(folder(data.path)))
+
+
+def test_held_out_images_are_seen_as_the_setting_says_and_all_of_them():
+    settings = SYNTHETIC | {"image_size": (8, 8), "held_out": "validation[:16]"}
+    data = Dataset(**settings, batch_size=16, held_out_augment="centre_crop", per_class=3, **AUGMENTED)
+    assert data.opened.size == 6
+    held_out = data.held_out_set()
+    assert held_out.opened.size == 16, "only the training images are fewer"
+    want = Dataset(**settings | {"split": "validation[:16]"}, batch_size=16, augment="centre_crop")
+    assert same(all_of(held_out), all_of(want))
+    whole = Dataset(**settings | {"split": "validation[:16]"}, batch_size=16)
+    assert not same(all_of(held_out), all_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("settings", "augmented"),
+    [
+        ({}, False),
+        ({"augment": "centre_crop"}, False),
+        ({"repeats": 2}, False),
+        ({"flip": True}, True),
+        ({"randaugment": 9.0}, True),
+        ({"augment": "fixed_crop"}, True),
+        ({"augment": "random_resized_crop"}, True),
+        ({"augment": "random_resized_crop", "flip": True, "randaugment": 9.0}, True),
+    ],
+    ids=str,
+)
+def test_whether_images_are_augmented(settings, augmented):
+    data = Dataset(**SYNTHETIC, batch_size=4, **settings)
+    assert data.augmented == augmented
+    assert not data.plain().augmented and not data.held_out_set().augmented
+
+
+def test_a_set_that_holds_rows_gives_them_as_they_are_with_the_names_of_its_classes():
+    data = Dataset(**SYNTHETIC, batch_size=16, per_class=5, repeats=1, **AUGMENTED)
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(37, 3)).astype(np.float32), rng.integers(0, 2, 37)
+    held = data.holding(rows, labels)
+    assert held.opened.labels == data.opened.labels
+    assert held.ready and held.examples.size == held.opened.size == 37
+    whole = all_of(held)
+    assert whole["image"].dtype == np.float32 and whole["weight"].sum() == 37
+    assert np.array_equal(whole["image"][:37], rows) and whole["label"][:37].tolist() == labels.tolist()
+    place = {row.tobytes(): i for i, row in enumerate(rows)}
+    epoch = joined(take(held.shuffled(0, 0, sharding()), 37))  # 16 epochs
+    order = np.array([place[row.tobytes()] for row in epoch["image"]]).reshape(16, 37)
+    assert (np.sort(order, axis=1) == np.arange(37)).all() and len({tuple(row) for row in order}) == 16
+    assert np.array_equal(epoch["label"], labels[order.ravel()])
+
+
+def test_rows_come_in_the_order_of_the_images_they_were_made_of(sets):
+    """Training on features is training on these images: the same ones in every batch."""
+    data = dataclasses.replace(sets["digits"], batch_size=8)
+    images, labels = data.opened.read(np.arange(data.opened.size))
+    held = data.holding(images.reshape(len(images), -1)[:, :5].astype(np.float64), labels)
+    for of_images, of_rows in zip(
+        take(data.shuffled(3, 4, sharding()), 5), take(held.shuffled(3, 4, sharding()), 5), strict=True
+    ):
+        assert np.array_equal(of_images["image"].reshape(8, -1)[:, :5], of_rows["image"])
+        assert np.array_equal(of_images["label"], of_rows["label"])
+
+
+def test_so_many_images_of_each_class_are_trained_on():
+    data = Dataset(source="digits", batch_size=16, image_size=(8, 8), channels=1, per_class=8)
+    epoch = joined(take(data.shuffled(0, 0, sharding()), 5))
+    assert np.bincount(epoch["label"]).tolist() == [8] * 10
+    assert len({image.tobytes() for image in epoch["image"]}) == 80
+    other = Dataset(source="digits", batch_size=16, image_size=(8, 8), channels=1, per_class=8, subset_seed=1)
+    assert not np.array_equal(all_of(data)["image"], all_of(other)["image"])
+    assert not np.array_equal(all_of(data.but(subset_seed=1))["image"], all_of(data)["image"])

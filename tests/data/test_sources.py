@@ -1,7 +1,7 @@
 """Every source has a size, reads any index, and says in one line what is missing."""
 
 import io
-from itertools import pairwise
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mae_jax.data.sources import SOURCES, subset
+from mae_jax.data import sources
+from mae_jax.data.sources import SOURCES, balanced, in_memory, subset
 from mae_jax.errors import ConfigError
 
 
@@ -114,7 +115,7 @@ def test_a_cut_parts_the_set(size, cut):
 
 def test_percent_slices_in_a_row_part_the_set():
     edges = [f"{p}%" for p in range(0, 101, 7)] + ["100%"]
-    parts = [subset(f"all[{a}:{b}]", {"all": 83}) for a, b in pairwise(edges)]
+    parts = [subset(f"all[{a}:{b}]", {"all": 83}) for a, b in itertools.pairwise(edges)]
     assert np.concatenate(parts).tolist() == list(range(83))
 
 
@@ -320,3 +321,84 @@ def test_a_tfds_set_in_another_format_is_refused(tmp_path):
 def test_a_tfds_set_must_have_one_image_an_example(tfds_dir):
     line = problem("tfds", name="mini_pairs", data_dir=tfds_dir, split="train")
     assert "2 image features" in line and "left, right" in line
+
+
+def pixels_of(source):
+    return source.read(np.arange(source.size))[0]
+
+
+@pytest.mark.parametrize("per_class", [1, 7, 127])
+def test_a_balanced_part_has_as_many_of_each_class_and_none_twice(per_class):
+    whole = SOURCES["digits"](split="train")
+    part = balanced(whole, per_class, seed=0)
+    images, labels = part.read(np.arange(part.size))
+    assert part.size == 10 * per_class and part.labels == whole.labels
+    assert np.bincount(labels).tolist() == [per_class] * 10
+    names = [part.name(i) for i in range(part.size)]
+    assert len(set(names)) == part.size
+    where = {whole.name(i): i for i in range(whole.size)}
+    index = np.array([where[name] for name in names])
+    assert (np.diff(index) > 0).all(), "in the order of the whole"
+    for got, want in zip((images, labels), whole.read(index), strict=True):
+        assert np.array_equal(got, want), "the name is that of the image"
+
+
+def test_a_balanced_part_is_that_of_its_seed():
+    whole = SOURCES["digits"](split="train")
+    first, again, other = (pixels_of(balanced(whole, 20, seed)) for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    # with chance alone at work, a twelfth or so of one part is in the other
+    assert len({x.tobytes() for x in first} & {x.tobytes() for x in other}) < 100
+    parts = [balanced(whole, 20, seed).identity for seed in (0, 1)]
+    assert parts == [None, None], "made in memory"
+
+
+def test_a_larger_balanced_part_holds_the_smaller_one():
+    whole = SOURCES["digits"](split="train")
+    small, large = ({x.tobytes() for x in pixels_of(balanced(whole, n, seed=3))} for n in (5, 50))
+    assert small < large
+
+
+def test_labels_of_a_balanced_part_are_read_some_at_a_time(monkeypatch):
+    whole = SOURCES["digits"](split="train")
+    want = pixels_of(balanced(whole, 20, seed=0))
+    monkeypatch.setattr(sources, "LABELS_AT_ONCE", 100)
+    assert np.array_equal(pixels_of(balanced(whole, 20, seed=0)), want)
+
+
+def test_a_balanced_part_of_files_reads_those_alone_and_is_told_from_others(tree):
+    source = SOURCES["folder"](path=f"{tree}", split="all")
+    parts = {(n, seed): balanced(source, n, seed) for n, seed in ((1, 0), (1, 1))}
+    part = parts[1, 0]
+    images, labels = part.read(np.arange(part.size))
+    assert labels.tolist() in [list(order) for order in itertools.permutations(range(4))]
+    assert [first_pixel(image) for image in images] == [
+        first_pixel(Path(part.name(i)).read_bytes()) for i in range(part.size)
+    ]
+    assert len({source.identity(), *(other.identity() for other in parts.values())}) == 3
+
+
+def test_images_without_a_label_are_in_no_balanced_part():
+    images = np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1)
+    source = in_memory(images, np.array([0, -1, 1, -1, 0, 1, -1, 1, 0]), "all", ("a", "b"))
+    for seed in range(5):
+        part = balanced(source, 3, seed)
+        assert part.read(np.arange(6))[0].ravel().tolist() == [0, 2, 4, 5, 7, 8]
+
+
+def test_too_few_images_of_a_class_for_a_balanced_part_are_named():
+    whole = SOURCES["digits"](split="train[:60]")
+    labels = whole.read(np.arange(60))[1]
+    fewest = np.bincount(labels, minlength=10).min()
+    balanced(whole, fewest, seed=0)
+    with pytest.raises(ConfigError) as error:
+        balanced(whole, fewest + 1, seed=0)
+    (line,) = error.value.problems
+    rare = int(np.bincount(labels, minlength=10).argmin())
+    assert line == f"config.data.per_class: {fewest + 1}, but class '{rare}' has {fewest} images"
+
+
+def test_without_labels_there_is_no_balanced_part(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    with pytest.raises(ConfigError, match=r"config.data.per_class: .* no labels"):
+        balanced(SOURCES["folder"](path=str(tmp_path), split="all"), 1, seed=0)
