@@ -32,14 +32,16 @@ def library(source: Path, load: Callable, *options: str):
       options: for the compiler. Whatever changes with them is compiled anew, so they should name versions of headers.
     """
     compiler = (os.environ.get("CXX") or "c++").split()
-    flags = [*FLAGS.split(), *options]
+    flags = FLAGS.split()
 
     def compile(*arguments) -> str:
-        return subprocess.run([*compiler, *flags, *arguments], capture_output=True, text=True, check=True).stdout
+        # libraries come after what needs them, or some linkers leave them out
+        command = [*compiler, *flags, *arguments, *options]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     try:
         about = compile("-dM", "-E", "-x", "c++", os.devnull)  # what the compiler knows of itself and the processor
-        digest = hashlib.sha256((about + " ".join(flags)).encode() + source.read_bytes()).hexdigest()[:16]
+        digest = hashlib.sha256((about + " ".join([*flags, *options])).encode() + source.read_bytes()).hexdigest()[:16]
         kept = folder("native") / f"{source.stem}-{digest}.so"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -69,9 +69,10 @@ def resize(image, size: Sequence[int], mirrored=False):
 
 @functools.cache
 def _operations():
-    """TensorFlow's functions from resize.cc; None where it cannot be compiled."""
+    """TensorFlow's functions from augment.cc; None where it cannot be compiled."""
     options = [*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags(), f"-DTENSORFLOW={tf.__version__}"]
-    return compiled.library(Path(__file__).with_name("resize.cc"), tf.load_op_library, *options)
+    options += [f"-I{tf.sysconfig.get_include()}/external/libjpeg_turbo", "-l:libtensorflow_cc.so.2"]
+    return compiled.library(Path(__file__).with_name("augment.cc"), tf.load_op_library, *options)
 
 
 def _resize_with_pillow(image: np.ndarray, size: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
@@ -131,31 +132,46 @@ def random_resized_crop(image, size, seed, scale, ratio):
 
     `scale` is the range of the area as a share of the image's; `ratio` the range of width / height, log-uniform.
     """
-    top, left, height, width = random_crop_box(tf.shape(image)[:2], seed, scale, ratio)
+    top, left, height, width = tf.unstack(random_crop_box(tf.shape(image)[:2], seed, scale, ratio))
     return resize(tf.image.crop_to_bounding_box(image, top, left, height, width), size)
 
 
 def random_crop_box(shape, seed, scale: Sequence[float], ratio: Sequence[float]):
-    """The crop (top, left, height, width) of `random_resized_crop` in an image of `shape` = (height, width).
+    """The crops i32[...,4] (top, left, height, width) of `random_resized_crop` in images of `shape` i32[...,2].
 
     The ten attempts are drawn at once and the first that fits is taken; if none fits, the largest centred crop
     within `ratio`, as in torchvision.
     """
-    high, wide = tf.unstack(tf.cast(shape, tf.float32))
-    draws = tf.random.stateless_uniform((4, 10), seed=seed)
+    # in 64 bits, so that nothing hangs on how many numbers a processor takes the exponentials of at once
+    draws = tf.split(tf.cast(uniform(seed, 40), tf.float64), 4, axis=-1)
+    high, wide = tf.unstack(tf.cast(shape, tf.float64)[..., None, :], axis=-1)
     area = high * wide * (scale[0] + (scale[1] - scale[0]) * draws[0])
     aspect = tf.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws[1])
     widths, heights = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
     fits = (widths >= 1) & (widths <= wide) & (heights >= 1) & (heights <= high)
-    i = tf.argmax(fits)
+    first = tf.argmax(fits, axis=-1)[..., None]
+    fits, width, height, down, right = (
+        tf.gather(x, first, axis=-1, batch_dims=len(seed.shape) - 1) for x in (fits, widths, heights, *draws[2:])
+    )
     within = tf.clip_by_value(wide / high, ratio[0], ratio[1])
-    fallback_width = tf.minimum(wide, tf.round(high * within))
-    fallback_height = tf.minimum(high, tf.round(wide / within))
-    width = tf.maximum(tf.where(fits[i], widths[i], fallback_width), 1)
-    height = tf.maximum(tf.where(fits[i], heights[i], fallback_height), 1)
-    top = tf.where(fits[i], tf.floor(draws[2, i] * (high - height + 1)), tf.floor((high - height) / 2))
-    left = tf.where(fits[i], tf.floor(draws[3, i] * (wide - width + 1)), tf.floor((wide - width) / 2))
-    return [tf.cast(x, tf.int32) for x in (top, left, height, width)]
+    width = tf.maximum(tf.where(fits, width, tf.minimum(wide, tf.round(high * within))), 1)
+    height = tf.maximum(tf.where(fits, height, tf.minimum(high, tf.round(wide / within))), 1)
+    top = tf.floor(tf.where(fits, down * (high - height + 1), (high - height) / 2))
+    left = tf.floor(tf.where(fits, right * (wide - width + 1), (wide - width) / 2))
+    return tf.cast(tf.concat([top, left, height, width], axis=-1), tf.int32)
+
+
+def uniform(seed, count: int):
+    """Numbers f32[...,count] from [0, 1): for each seed i64[...,2] those of `tf.random.stateless_uniform`."""
+    seeds = tf.reshape(seed, (-1, 2))
+    operations = _operations()
+    if operations:
+        numbers = operations.mae_uniform(seeds=seeds, count=count)
+    else:
+        draw = lambda one: tf.random.stateless_uniform((count,), one)  # noqa: E731
+        numbers = tf.map_fn(draw, seeds, fn_output_signature=tf.float32)
+    numbers = tf.reshape(numbers, tf.concat([tf.shape(seed)[:-1], [count]], axis=0))
+    return tf.ensure_shape(numbers, (*seed.shape[:-1], count))
 
 
 # An augmentation is `f(image uint8[h,w,C], size, seed i64[2], scale, ratio) -> uint8[H,W,C]`.
@@ -177,11 +193,12 @@ def augment_file(data, channels: int, seed, *, size, name: str, scale, ratio, fl
 
     def crop_of_jpeg():
         box = random_crop_box(tf.image.extract_jpeg_shape(data)[:2], seed, scale, ratio)
-        return tf.image.decode_and_crop_jpeg(data, tf.stack(box), channels=3)
+        return tf.image.decode_and_crop_jpeg(data, box, channels=3)
 
     def crop_of_image():
         image = decode(data, channels)
-        return tf.image.crop_to_bounding_box(image, *random_crop_box(tf.shape(image)[:2], seed, scale, ratio))
+        box = random_crop_box(tf.shape(image)[:2], seed, scale, ratio)
+        return tf.image.crop_to_bounding_box(image, *tf.unstack(box))
 
     # a JPEG without its end is cut short, which a crop from its beginning would not notice
     start, end = tf.strings.substr(data, 0, 3), tf.strings.substr(data, -2, 2)
@@ -190,9 +207,29 @@ def augment_file(data, channels: int, seed, *, size, name: str, scale, ratio, fl
     return resize(image, size, mirrored=flip and is_mirrored(seed))
 
 
+def crops_of_jpegs(data, seeds, *, size, scale, ratio, flip: bool):
+    """Random resized crops of many files at once, of those that are JPEGs, if there is a C++ compiler.
+
+    Args:
+      data: string[n].
+      seeds: i64[n,repeats,2]; each crop is the one that `augment_file` would make with this seed.
+
+    Returns:
+      uint8[n,repeats,H,W,3], and bool[n]: which files these are crops of; all others are black. None without compiler.
+    """
+    operations = _operations()
+    if not operations:
+        return None
+    shapes = tf.ensure_shape(operations.mae_jpeg_shapes(files=data), (None, 2))
+    boxes = random_crop_box(tf.maximum(shapes, 1)[:, None], seeds, scale, ratio)
+    mirrored = is_mirrored(seeds) if flip else tf.zeros(tf.shape(seeds)[:-1], tf.bool)
+    crops, done = operations.mae_jpeg_crops(files=data, boxes=boxes, mirrored=mirrored, size=size)
+    return tf.ensure_shape(crops, (None, seeds.shape[1], *size, 3)), tf.ensure_shape(done, (None,))
+
+
 def is_mirrored(seed):
-    """Whether an image is to be flipped left to right: every other."""
-    return tf.random.stateless_uniform((), seed=seed + 1) < 0.5
+    """Whether an image is to be flipped left to right, bool[...] for i64[...,2]: every other."""
+    return uniform(seed + 1, 1)[..., 0] < 0.5
 
 
 def augment(image, seed, *, size, name: str, scale: Sequence[float], ratio: Sequence[float], flip: bool):

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epy
 from jax.sharding import Sharding
 
-from mae_jax.data.augment import DRAWING_NOTHING, augment_file, decode
+from mae_jax.data.augment import DRAWING_NOTHING, augment_file, crops_of_jpegs, decode
 from mae_jax.data.augment import augment as augment_image
 from mae_jax.data.cache import decoded
 from mae_jax.data.randaugment import rand_augment
@@ -217,7 +217,7 @@ class Dataset:
             return parts | {"readable": tf.ones_like(parts["weight"], tf.bool)}
 
         def prepare_chunk(chunk):
-            image = tf.map_fn(lambda x: self._prepare(x, seed), chunk, fn_output_signature=tf.uint8)
+            image = self._prepare_all(chunk, seed)
             return {**chunk, "image": self._rand_augmented(image, chunk, seed) if self.randaugment else image}
 
         def mend(chunk):
@@ -243,11 +243,33 @@ class Dataset:
                 raise DataError(f"images before step {step} were lost; is there enough memory?")
             yield batch
 
+    def _prepare_all(self, chunk: dict, seed: int):
+        """The samples made of each image of a chunk: uint8[n,repeats,H,W,C]."""
+        one_by_one = functools.partial(tf.map_fn, fn_output_signature=tf.uint8)
+        together = None
+        if self.augment == "random_resized_crop" and self.channels == 3 and "shape" not in chunk:
+            settings = {"size": tuple(self.image_size), "scale": self.scale, "ratio": self.ratio, "flip": self.flip}
+            together = crops_of_jpegs(chunk["image"], self._seeds(chunk["place"], seed), **settings)
+        if together is None:
+            return one_by_one(lambda x: self._prepare(x, seed), chunk)
+        crops, done = together
+
+        def others():
+            prepare = lambda x: tf.cond(x[2], lambda: x[1], lambda: self._prepare(x[0], seed))  # noqa: E731
+            return one_by_one(prepare, (chunk, crops, done))
+
+        return tf.cond(tf.reduce_all(done), lambda: crops, others)
+
+    def _seeds(self, place, seed: int):
+        """Of the samples made of each image: i64[...,repeats,2] for i64[...]."""
+        number = place[..., None] * self.repeats + tf.range(self.repeats, dtype=tf.int64)
+        return tf.stack([tf.fill(tf.shape(number), tf.constant(seed, tf.int64)), number], axis=-1)
+
     def _prepare(self, example: dict, seed: int):
         """The samples made of one image, a file or bytes and their shape: uint8[repeats,H,W,C]."""
         settings = {"size": tuple(self.image_size), "name": self.augment, "flip": self.flip}
         settings |= {"scale": self.scale, "ratio": self.ratio}
-        seeds = [tf.stack([seed, example["place"] * self.repeats + i]) for i in range(self.repeats)]
+        seeds = tf.unstack(self._seeds(example["place"], seed))
         if "shape" in example:
             height, width = tf.unstack(example["shape"])
             image = tf.reshape(tf.io.decode_raw(example["image"], tf.uint8), (height, width, self.channels))

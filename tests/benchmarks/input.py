@@ -91,7 +91,7 @@ def decode_only(folder):
         box = random_crop_box(
             tf.image.extract_jpeg_shape(data)[:2], tf.stack([tf.zeros((), tf.int64), number]), SCALE, RATIO
         )
-        return tf.image.decode_and_crop_jpeg(data, tf.stack(box), channels=3)[0, 0]
+        return tf.image.decode_and_crop_jpeg(data, box, channels=3)[0, 0]
 
     files = tf.data.Dataset.list_files(f"{folder}/*.jpg", shuffle=True).repeat().enumerate()
     return files.map(lambda i, path: prepare(path, i), tf.data.AUTOTUNE).batch(BATCH).prefetch(2).as_numpy_iterator()

@@ -12,7 +12,17 @@ from scipy import stats
 
 from mae_jax import compiled
 from mae_jax.data import augment as module
-from mae_jax.data.augment import AUGMENTATIONS, DRAWING_NOTHING, augment, decode, random_crop_box, resize
+from mae_jax.data.augment import (
+    AUGMENTATIONS,
+    DRAWING_NOTHING,
+    augment,
+    augment_file,
+    crops_of_jpegs,
+    decode,
+    random_crop_box,
+    resize,
+    uniform,
+)
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 OPTIONS = {"scale": SCALE, "ratio": RATIO}
@@ -40,7 +50,7 @@ def pil_resize(image, size):
 
 @pytest.fixture(params=["C++", "Pillow"])
 def resizer(request, monkeypatch):
-    """What `resize` is done by."""
+    """What `resize` and `uniform` are done by."""
     if request.param == "Pillow":
         monkeypatch.setattr(compiled, "library", lambda *_: None)
         monkeypatch.setattr(module, "_operations", module._operations.__wrapped__)
@@ -55,7 +65,7 @@ def boxes(shape, count, scale=SCALE, ratio=RATIO, seed=3):
     @tf.function
     def draw():
         return tf.map_fn(
-            lambda s: tf.stack(random_crop_box(tf.constant(shape), s, scale, ratio)),
+            lambda s: random_crop_box(tf.constant(shape), s, scale, ratio),
             seeds,
             fn_output_signature=tf.int32,
         )
@@ -212,6 +222,14 @@ def drawn(image, count, **options):
     return draw().numpy()
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 41])
+@pytest.mark.usefixtures("resizer")
+def test_random_numbers_are_those_of_tensorflow_for_each_seed(count):
+    seeds = np.array([[[0, 0], [0, 1]], [[7, 2**40 + 3], [-1, 5]], [[2**32 - 1, -(2**62)], [3, 3]]], np.int64)
+    want = [[tf.random.stateless_uniform((count,), seed) for seed in row] for row in seeds]
+    assert np.array_equal(uniform(tf.constant(seeds), count), want)
+
+
 def test_half_of_the_images_are_flipped():
     image = picture(8, 8)
     out = drawn(image, 1000, size=(8, 8), name="none", flip=True)
@@ -295,6 +313,32 @@ def test_random_resized_crop_is_the_box_resized():
         top, left, height, width = (int(x) for x in random_crop_box((60, 90), seed, SCALE, RATIO))
         ours = augment(image, seed, size=(24, 16), name="random_resized_crop", flip=False, **OPTIONS).numpy()
         assert np.array_equal(ours, pil_resize(image[top : top + height, left : left + width], (24, 16)))
+
+
+def jpeg(height, width, **options):
+    return encoded(picture(height, width, seed=height), "JPEG", quality=90, **options)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.skipif(module._operations() is None, reason="no C++ compiler")
+def test_crops_of_many_jpegs_are_those_of_each(repeats, flip):
+    files = [jpeg(60, 90), jpeg(64, 48, progressive=True), jpeg(9, 300), jpeg(1, 1), FILES["grey jpeg"][0]]
+    files += [FILES["cmyk jpeg"][0], jpeg(33, 70, subsampling=0)]
+    others = [FILES["png"][0], b"", b"\xff\xd8\xff" + bytes(100) + b"\xff\xd9", jpeg(60, 90)[:-300]]
+    numbers = np.arange((len(files) + len(others)) * repeats).reshape(-1, repeats)
+    seeds = tf.constant(np.stack([np.full_like(numbers, 5), numbers], -1))
+    crops, done = crops_of_jpegs(tf.constant(files + others), seeds, size=(32, 24), flip=flip, **OPTIONS)
+    assert done.numpy().tolist() == [True] * len(files) + [False] * len(others)
+    assert not crops[len(files) :].numpy().any()
+    settings = {"size": (32, 24), "name": "random_resized_crop", "flip": flip, **OPTIONS}
+    for data, some, made in zip(files, seeds, crops.numpy(), strict=False):
+        for seed, crop in zip(some, made, strict=True):
+            if repeats == 1:
+                want = augment_file(tf.constant(data), 3, seed, **settings)
+            else:
+                want = augment(decode(tf.constant(data), 3), seed, **settings)
+            assert np.array_equal(crop, want)
 
 
 def test_fixed_crop_is_any_window_of_the_image_resized_to_eight_sevenths():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax.data import pipeline
+from mae_jax.data import augment, pipeline
 from mae_jax.data.pipeline import CHUNK, Dataset
 from mae_jax.data.randaugment import rand_augment
 from mae_jax.data.sources import SOURCES, Source
@@ -336,6 +336,18 @@ def test_a_bad_file_changes_nothing_else_in_training(tmp_path, caplog):
     assert np.array_equal(a["image"][kept], b["image"][kept]) and not b["image"][~kept].any()
     assert np.array_equal(a["label"], b["label"])
     assert complaints(caplog) == {bad.examples.name(i): 1 for i in (4, 9)}
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_compiler_changes_nothing(repeats, tmp_path, monkeypatch):
+    make_folder(tmp_path / "tree", 24, bad=(4,))
+    Path(tmp_path / "tree/007.jpg").write_bytes(as_file(Image.open(tmp_path / "tree/007.jpg"), "PNG"))
+    data = folder(tmp_path / "tree", **AUGMENTED, repeats=repeats)
+    batches = []
+    for operations in (augment._operations(), None):
+        monkeypatch.setattr(augment, "_operations", lambda result=operations: result)
+        batches.append(joined(take(data.shuffled(0, 0, sharding()), 3)))
+    assert same(*batches)
 
 
 def test_a_set_in_which_nothing_can_be_read_goes_on(tmp_path, caplog):
