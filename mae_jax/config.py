@@ -168,6 +168,8 @@ def complete(
             problems.append(f"config.{key}: missing")
         elif not _is(config[key], kind):
             problems.append(f"config.{key}: {config[key]!r} is not of type {_name(kind)}")
+        elif not _finite(config[key]):
+            problems.append(f"config.{key}: {config[key]!r} is not finite")
         else:
             whole[key] = config[key]
     for group, function in schema.items():

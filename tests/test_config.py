@@ -305,6 +305,20 @@ def test_what_is_missing_or_surplus_is_named():
 
 
 @pytest.mark.parametrize(
+    ("value", "word"), [(float("nan"), "finite"), (float("inf"), "finite"), ("1", "float")], ids=str
+)
+def test_a_key_outside_any_group_must_be_of_its_type_and_finite(value, word):
+    assert complete(ConfigDict({"rate": 1}), {}, {"rate": float}) == (ConfigDict({"rate": 1}), [])
+    config, (line,) = complete(ConfigDict({"rate": value}), {}, {"rate": float})
+    assert config is None and line.startswith(f"config.rate: {value!r}") and word in line
+
+
+@pytest.mark.parametrize(("value", "fits"), [((1, 2), True), ([3], True), ((), True), ((1.5,), False), (3, False)])
+def test_a_key_outside_any_group_may_be_a_sequence(value, fits):
+    assert (complete(ConfigDict({"k": value}), {}, {"k": module.Sequence[int]})[1] == []) == fits
+
+
+@pytest.mark.parametrize(
     ("given", "whole"),
     [
         ({"size": 3}, {"size": 3, "rate": 0.5, "name": "", "on": False, "steps": None}),

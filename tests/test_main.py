@@ -13,7 +13,7 @@ import pytest
 import mae_jax
 from mae_jax.__main__ import main
 from mae_jax.config import flatten, load
-from mae_jax.jobs import JOBS, models, pretrain
+from mae_jax.jobs import JOBS, models, pretrain, runs
 
 ROOT = Path(__file__).parents[1]
 DIGITS = "configs/pretrain.py:digits"
@@ -86,6 +86,14 @@ MISTAKES = {
     # the data
     "unknown source": (f"{DIGITS} --config.data.source=fodler", ["config.data.source", "did you mean folder?"]),
     "unknown augmentation": (f"{DIGITS} --config.data.augment=crop", ["config.data.augment", "fixed_crop"]),
+    "unknown held-out augmentation": (
+        f"{DIGITS} --config.data.held_out_augment=center_crop",
+        ["config.data.held_out_augment", "did you mean centre_crop?"],
+    ),
+    "a held-out augmentation that draws": (
+        f"{DIGITS} --config.data.held_out_augment=fixed_crop",
+        ["config.data.held_out_augment", "none, centre_crop"],
+    ),
     "unknown split": (f"{DIGITS} --config.data.split=trian", ["split", "'trian'", "train"]),
     "unknown held-out split": (f"{DIGITS} --config.data.held_out=validation", ["'validation'", "test"]),
     "empty split": (f"{DIGITS} --config.data.split=train[:0]", ["'train[:0]'", "0 images", "batch_size"]),
@@ -152,6 +160,11 @@ MISTAKES = {
     "log every 0": (f"{DIGITS} --config.log.every=0", ["config.log.every", "0"]),
     "evaluation before time": (f"{DIGITS} --config.eval.every=-1", ["config.eval.every", "-1"]),
     "evaluation of nothing": (f"{DIGITS} --config.eval.images=0", ["config.eval.images", "0"]),
+    "monitor before time": (f"{DIGITS} --config.monitor.every=-1", ["config.monitor.every", "-1"]),
+    "monitor without a bank": (f"{DIGITS} --config.monitor.bank=0", ["config.monitor.bank", "0"]),
+    "monitor without queries": (f"{DIGITS} --config.monitor.queries=0", ["config.monitor.queries", "0"]),
+    "monitor without neighbours": (f"{DIGITS} --config.monitor.k=0", ["config.monitor.k", "0"]),
+    "unknown pooling of the monitor": (f"{DIGITS} --config.monitor.pool=man", ["config.monitor.pool", "mean?"]),
     "no pictures": (f"{DIGITS} --config.pictures.count=0", ["config.pictures.count", "0"]),
     "no checkpoints": (f"{DIGITS} --config.checkpoint.keep=0", ["config.checkpoint.keep", "0"]),
     "negative keep_every": (f"{DIGITS} --config.checkpoint.keep_every=-1", ["config.checkpoint.keep_every", "-1"]),
@@ -192,6 +205,17 @@ MISTAKES_IN_FILES = {
     "config.train.steps = None; config.train.epochs = None": ["config.train"],
     "config.data.image_size = (8, 8.0)": ["config.data.image_size", "8.0"],
     "config.pixels.std = (float('nan'),)": ["config.pixels.std", "nan"],
+    "config.data.per_class = -1": ["config.data.per_class", "-1"],
+    "config.data.per_class = 2000": ["config.data.per_class: 2000", "class '8'", "127"],
+    "config.data.subset_seed = -1": ["config.data.subset_seed", "-1"],
+    "config.data.randaugment = 11.0": ["config.data.randaugment", "11.0", "between 0 (off) and 10"],
+    "config.encoder.positions = 'learnt'": ["config.encoder.positions", "did you mean learned?"],
+    "config.encoder.drop_path = 0.1": ["config.encoder", "drop_path", "fine-tuning"],
+    "config.encoder.final_norm = False": ["config.encoder", "final_norm", "fine-tuning"],
+    "config.encoder.encoder = 3": ["config.encoder.encoder"],
+    "config.optim.layer_decay = 0.75": ["config.optim.layer_decay", "fine-tuning"],
+    "config.optim.min_learning_rate = -1e-6": ["config.optim.min_learning_rate", "-1e-06"],
+    "del config.monitor": ["config.monitor: missing"],
     "raise ValueError('what?')": ["--config=", "what?"],
     "config = None": ["--config=", "NoneType"],
     "config = config.to_dict()": ["--config=", "dict"],
@@ -284,7 +308,7 @@ def test_a_missing_workdir_is_one_line(argument, command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     {
-        "": ["config.init", "workdir of a pretrain run"],
+        "": ["config.init", "workdir of a training run"],
         "--config.mask.ratoi=0.5": ["did you mean mask.ratio?"],
         "--config.count=few": ["config.count", "few"],
         "--config.init": ["--config.init=VALUE"],
@@ -361,17 +385,19 @@ def test_mistakes_of_every_kind_are_listed_together(command, tmp_path):
         assert sum(f"config.{key}" in line for line in lines) == 1, key
     wrong = ["--config.cuont=1", "--config.count=0", "--config.mask.name=x", "--config.init=/no/such/run"]
     lines = command("reconstruct", ["--config=configs/reconstruct.py", *wrong])
-    assert len(lines) == 3 and "/no/such/run" in lines[-1], "which patches there are is not known without the model"
+    assert len(lines) == 4 and "/no/such/run" in lines[-1], "which patches there are is not known without the model"
+    for line, key in zip(lines, ("config.cuont", "config.count:", "config.mask.name:"), strict=False):
+        assert key in line
 
 
 @pytest.fixture
 def past_the_checks(monkeypatch):
-    """Raise where the model would be built."""
+    """Raise where all checks are passed, of the config and of what is in the workdir."""
 
-    def build(config):
+    def make_mesh(**_):
         raise PastTheChecks
 
-    monkeypatch.setattr(pretrain.models, "build", build)
+    monkeypatch.setattr(runs, "make_mesh", make_mesh)
 
 
 NASTY = ["", "0", "-1", "1", "3", "nan", "inf", "-inf", "1e999", "1e-300", "99999999999999999999", "abc", "()", "(1,)"]
@@ -460,7 +486,7 @@ def test_every_key_with_a_default_may_be_left_out(tmp_path, past_the_checks):
     path = tmp_path / "own.py"
     change = """
     required = {"source", "batch_size", "image_size", "patch_size", "width", "depth", "heads", "every", "steps"}
-    for group in ("data", "mask", "encoder", "decoder", "optim", "eval", "pictures", "checkpoint", "log", "mesh"):
+    for group in sorted({*config} - {"seed", "dtype", "pixels", "target", "train"}):
         for key in list(config[group]):
             if key not in required:
                 del config[group][key]

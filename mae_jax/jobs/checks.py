@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 from ml_collections import ConfigDict
 
 from mae_jax.config import complete
-from mae_jax.data.augment import AUGMENTATIONS
+from mae_jax.data.augment import AUGMENTATIONS, DRAWING_NOTHING
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
@@ -36,7 +36,11 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     """What is wrong with the numbers of an autoencoder and its task, one line each."""
     data, encoder, decoder = config.data, config.encoder, config.decoder
     problems = sampling_problems(config) + unknown_names(
-        {"config.target.name": (config.target.name, targets.TARGETS)} | dtype_choice(config)
+        {
+            "config.target.name": (config.target.name, targets.TARGETS),
+            "config.monitor.pool": (config.monitor.pool, classifier.POOLS),
+        }
+        | dtype_choice(config)
     )
     patch = encoder.patch_size
     if config.target.name == "normalized_pixels" and patch**2 * data.channels < 2:
@@ -141,7 +145,7 @@ def run_problems(config: ConfigDict) -> list[str]:
         {
             "config.data.source": (data.source, SOURCES),
             "config.data.augment": (data.augment, AUGMENTATIONS),
-            "config.data.held_out_augment": (data.held_out_augment, AUGMENTATIONS),
+            "config.data.held_out_augment": (data.held_out_augment, DRAWING_NOTHING),
             "config.optim.name": (config.optim.name, optim.OPTIMIZERS),
         }
     )
@@ -269,8 +273,13 @@ def untold(problems: list[str], more: list[str]) -> list[str]:
 WITHOUT_WHICH_NO_DATA = tuple(f"config.data.{key}" for key in ("source", "batch_size", "channels", "image_size"))
 
 
-def complete_for_trained(config: ConfigDict, schema: dict, values: dict) -> tuple[ConfigDict, ConfigDict, list[str]]:
+def complete_for_trained(
+    config: ConfigDict, schema: dict, values: dict, own_problems: Callable[[ConfigDict], list[str]]
+) -> tuple[ConfigDict, ConfigDict, list[str]]:
     """The config of a job that looks at a trained model, with its defaults; the config of that model; what is wrong.
+
+    Args:
+      own_problems: what is wrong with the settings that can be judged without the model.
 
     Raises:
       UserError: either is missing.
@@ -278,6 +287,7 @@ def complete_for_trained(config: ConfigDict, schema: dict, values: dict) -> tupl
     config, problems = complete(config, schema, values)
     if config is None:
         raise ConfigError(problems)
+    problems += untold(problems, own_problems(config))
     if not config.init:
         raise ConfigError([*problems, NO_INIT])
     try:

@@ -141,7 +141,7 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, dict[str, Dataset
     Raises:
       UserError: with all that is wrong, before anything is compiled.
     """
-    config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES)
+    config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES, lambda config: [])
     if "head" not in trained:
         problems.append(f"config.init: {config.init} holds no classifier; name a run of probe or finetune")
         raise ConfigError(problems)

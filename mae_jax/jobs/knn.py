@@ -163,21 +163,26 @@ SCHEMA = {"data": data_settings}
 VALUES = {"init": str, "features": str, "k": Sequence[int], "temperature": float}
 
 
+def own_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with this job's own settings, whatever the model, one line each."""
+    problems = checks.unknown_names({"config.features": (config.features, (*POOLS, "pixels"))})
+    if not config.k or min(config.k) < 1:
+        problems.append(f"config.k: {tuple(config.k)} is not one or more numbers above 0")
+    if config.temperature <= 0:
+        problems.append(f"config.temperature: {config.temperature} is not above 0")
+    return problems + checks.count_problems(config)
+
+
 def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset, Dataset]:
     """The config with its defaults, that of the trained model, and the images to vote and to be classified.
 
     Raises:
       UserError: with all that is wrong, before anything is compiled.
     """
-    config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES)
-    problems += checks.unknown_names({"config.features": (config.features, (*POOLS, "pixels"))})
-    if not config.k or min(config.k) < 1:
-        problems.append(f"config.k: {tuple(config.k)} is not one or more numbers above 0")
-    if config.temperature <= 0:
-        problems.append(f"config.temperature: {config.temperature} is not above 0")
+    config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES, own_problems)
     data = Dataset(**{**trained.data, "cache": "", **data_settings(**config.data)}).plain()
     held_out = data.held_out_set()
-    problems += checks.reading_problems(data) + checks.count_problems(config)
+    problems += checks.reading_problems(data)
     checks.raise_if_no_data(problems)
     problems += checks.data_problems(config, data, held_out, labelled=True)
     if problems:

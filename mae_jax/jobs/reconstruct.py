@@ -62,18 +62,20 @@ def run(config: ConfigDict, workdir: Path) -> None:
     print(f"picture  {picture}")
 
 
+def own_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with this job's own settings, whatever the model, one line each."""
+    return [f"config.count: {config.count} is below 1"] * (config.count < 1) + checks.sampling_problems(config)
+
+
 def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
     """The config with its defaults, that of the trained model under config.mask, and the images to look at.
 
     Raises:
       UserError: with all that is wrong, before anything is compiled.
     """
-    config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES)
+    config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES, own_problems)
     if "decoder" not in trained:
         raise ConfigError([*problems, f"config.init: {config.init} holds a classifier; name a run of pretrain"])
-    if config.count < 1:
-        problems.append(f"config.count: {config.count} is below 1")
-    problems += checks.sampling_problems(config)
     problems += checks.ratio_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask
     data = Dataset(**trained.data).held_out_set().but(cache="")
