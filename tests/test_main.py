@@ -321,6 +321,67 @@ def test_a_mistake_in_reconstruct_is_one_line(arguments, words, command):
 
 
 @pytest.mark.parametrize(
+    ("job", "arguments", "words"),
+    [
+        ("knn", "", []),
+        ("knn", "--config.k=()", ["config.k: ()", "above 0"]),
+        ("knn", "--config.k=(5,0)", ["config.k: (5, 0)", "above 0"]),
+        ("knn", "--config.temperature=0", ["config.temperature: 0.0", "above 0"]),
+        ("knn", "--config.temperature=nan", ["config.temperature", "nan"]),
+        ("knn", "--config.features=pixel", ["config.features", "did you mean pixels?"]),
+        ("knn", "--config.data.per_class=-1", ["config.data.per_class", "-1"]),
+        ("evaluate", "", []),
+        ("evaluate", "--config.data.splti=test", ["did you mean data.split?"]),
+        ("probe", "", []),
+        ("probe", "--config.head.pol=mean", ["did you mean head.pool?"]),
+        ("finetune", "", []),
+        ("finetune", "--config.trainabel=all", ["did you mean trainable?"]),
+    ],
+)
+def test_a_mistake_in_a_job_that_needs_a_model_is_told_though_the_model_is_missing(job, arguments, words, command):
+    *lines, last = command(job, [f"--config=configs/{job}.py", *arguments.split()])
+    if "nan" not in words:
+        assert "config.init: empty" in last and "workdir of a training run" in last
+    else:
+        lines.append(last)
+    assert len(lines) == bool(words)
+    assert all(word in line for line in lines for word in words)
+
+
+FROM_NOTHING = "configs/finetune.py:digits,scratch,tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    {
+        "--config.head.pool=man": ["config.head.pool", "did you mean mean?"],
+        "--config.head.norm=bach": ["config.head.norm", "did you mean batch?"],
+        "--config.head.head_std=-1": ["config.head.head_std", "-1"],
+        "--config.trainable=5": ["config.trainable", "'5'", "1 to 2"],
+        "--config.trainable=0": ["config.trainable", "'0'"],
+        "--config.ema=1": ["config.ema", "1.0"],
+        "--config.ema=nan": ["config.ema", "nan"],
+        "--config.mixup.mixup=-1": ["config.mixup.mixup", "-1"],
+        "--config.mixup.label_smoothing=2": ["config.mixup.label_smoothing", "2.0"],
+        "--config.erasing.probability=1.5": ["config.erasing.probability", "1.5"],
+        "--config.encoder.drop_path=1": ["config.encoder.drop_path", "1.0"],
+        "--config.encoder.positions=learnt": ["config.encoder.positions", "did you mean learned?"],
+        "--config.data.randaugment=11": ["config.data.randaugment", "11.0"],
+        "--config.data.per_class=2000": ["config.data.per_class: 2000", "class '8'"],
+        "--config.data.held_out=tset": ["'tset'", "test"],
+        "--config.optim.layer_decay=0": ["config.optim.layer_decay", "0.0"],
+        "--config.optim.name=lras": ["config.optim.name", "did you mean lars?"],
+        "--config.data.image_size=(9,9)": ["config.data.image_size", "patch_size 2"],
+        "--config.data.source=files --config.data.path={tmp}/some/*.png": ["no labels"],
+    }.items(),
+)
+def test_a_mistake_in_finetune_is_one_line(arguments, words, command):
+    line, *more = command("finetune", [f"--config={FROM_NOTHING}", *arguments.split()])
+    assert all(word in line for word in words)
+    assert all("no labels" in line and "split" in line for line in more) and len(more) == ("no labels" in words)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     {
         "--config.data.name=fashion_mnst": ["did you mean fashion_mnist?"],
@@ -435,32 +496,34 @@ NASTY += [
 ]
 
 
-def bad_commands(count):
+def bad_commands(recipe, count):
     choose = random.Random(0)
-    keys = sorted(flatten(load(DIGITS)[0]))
+    keys = sorted(flatten(load(recipe)[0]))
     for _ in range(count):
         changed = choose.sample(keys, choose.choice([1, 1, 2, 4]))
         yield [f"--config.{key}={choose.choice(NASTY)}" for key in changed]
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
-def test_no_override_ends_in_a_traceback(count, past_the_checks, tmp_path, capsys, monkeypatch):
-    """Thrown at random: each is taken, or refused with one line a problem and exit code 2."""
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("job", "recipe"), {"pretrain": f"{DIGITS},tiny", "finetune": FROM_NOTHING}.items())
+def test_no_override_ends_in_a_traceback(job, recipe, count, past_the_checks, tmp_path, capsys, monkeypatch):
+    """Thrown at random: each is taken, or refused with one line a problem and exit code 2, or 4 for a wrong path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     codes = []
-    for arguments in bad_commands(count):
+    for arguments in bad_commands(recipe, count):
         try:
-            codes.append(main(["pretrain", f"--config={DIGITS},tiny", f"--workdir={tmp_path}/work", *arguments]))
+            codes.append(main([job, f"--config={recipe}", f"--workdir={tmp_path}/work", *arguments]))
         except PastTheChecks:
             codes.append(None)
         except Exception as error:
             raise AssertionError(f"a traceback from {arguments}") from error
         said = capsys.readouterr()
         lines = said.err.splitlines()
-        assert (codes[-1], bool(lines)) in ((2, True), (None, False)), arguments
+        wrong = (2, 4) if any(argument.startswith("--config.init=") for argument in arguments) else (2,)
+        assert codes[-1] in (wrong if lines else (None,)), arguments
         assert all(line.startswith("mae-jax: ") for line in lines) and said.out == "", arguments
-    assert codes.count(2) > count / 3 and codes.count(None) > count / 20
+    assert codes.count(2) > count / 3 and codes.count(None) > count / 40
 
 
 def test_no_words_end_in_a_traceback(past_the_checks, capsys, tmp_path, monkeypatch):

@@ -88,10 +88,10 @@ def locate(path: str | Path) -> Path:
       CheckpointError: there is none.
     """
     path = Path(os.path.expanduser(path))
-    if (path / "state").is_dir():
+    if os.path.isdir(path / "state"):  # which, unlike Path.is_dir, says no to any impossible name
         return path
     folder = path if path.name == FOLDER else path / FOLDER
-    steps = steps_in(folder)
+    steps = steps_in(folder) if os.path.isdir(folder) else []
     if not steps:
         raise CheckpointError(f"{path}: no checkpoint here; name a workdir of a run, or one of its checkpoints/STEP")
     return folder / str(max(steps))

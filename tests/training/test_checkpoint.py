@@ -306,6 +306,13 @@ def test_where_there_is_no_checkpoint_the_error_names_the_path(inside, tmp_path)
         assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("path", ["", "x" * 5000, "\0", "~no_such_user_here/x", "/proc/1/fd/x"], ids=repr)
+def test_a_path_that_cannot_be_has_no_checkpoint(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        checkpoint.locate(path)
+
+
 def test_stray_files_and_empty_folders_are_not_taken_for_checkpoints(tmp_path):
     saved(tmp_path, 3)
     (tmp_path / "checkpoints" / "99").mkdir()
