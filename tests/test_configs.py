@@ -36,6 +36,7 @@ def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_co
     assert summary["steps"] == 2
     assert summary["images_seen"] == 16
     assert np.isfinite(summary["metrics"]["eval/loss"])
+    assert 0 <= summary["metrics"]["eval/knn"] <= 1
     assert (tmp_path / "reconstructions" / "step_2.png").is_file()
     assert (tmp_path / "checkpoints" / "2").is_dir()
     config, full = json.loads((tmp_path / "config.json").read_text()), recipes.get_config(name)

@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from sklearn import preprocessing
+from sklearn.neighbors import KNeighborsClassifier
 
 import mae_jax
 from mae_jax.__main__ import main
@@ -32,7 +34,7 @@ STEPS = 50
 EVERY = 25
 SHORT = (  # five epochs of 10 steps; one block compiles faster than two
     *(f"--config.train.steps={STEPS}", "--config.data.split=train[:80]", "--config.data.held_out=test[:20]"),
-    *(f"--config.{group}.every={EVERY}" for group in ("eval", "pictures", "checkpoint")),
+    *(f"--config.{group}.every={EVERY}" for group in ("eval", "monitor", "pictures", "checkpoint")),
     *("--config.optim.base_learning_rate=0.02", "--config.optim.warmup_epochs=1.0"),
     "--config.encoder.depth=1",
 )
@@ -131,8 +133,9 @@ def test_metrics_are_there_at_every_step_that_was_asked_for(trained):
     assert list(series(trained, "train/learning_rate")) == list(range(1, STEPS + 1))
     assert list(series(trained, "train/grad_norm")) == list(range(1, STEPS + 1))
     assert list(series(trained, "train/images_per_second")) == list(range(2, STEPS + 1)), "the first step compiles"
-    assert list(series(trained, "eval/loss")) == list(series(trained, "eval/baseline_loss")) == [25, 50]
-    assert [line["step"] for line in lines_of(trained)] == sorted([*range(1, STEPS + 1), 25, 50])
+    for name in ("loss", "baseline_loss", "knn"):
+        assert list(series(trained, f"eval/{name}")) == [25, 50]
+    assert [line["step"] for line in lines_of(trained)] == sorted([*range(1, STEPS + 1), 25, 25, 50, 50])
     assert all(np.isfinite(value) for line in lines_of(trained) for value in line.values())
     assert all(rate > 0 for rate in series(trained, "train/images_per_second").values())
     assert all(0 <= part <= 1 for part in series(trained, "perf/data_wait_fraction").values())
@@ -149,7 +152,10 @@ def test_summary_tells_what_was_done_and_with_what(trained):
     assert (summary["device"], summary["device_count"]) == ("cpu", 8)
     assert summary["versions"]["jax"] == jax.__version__
     assert summary["versions"]["mae_jax"] == mae_jax.__version__
-    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/baseline_loss"):
+    names = {f"train/{name}" for name in ("loss", "learning_rate", "grad_norm")}
+    names |= {f"eval/{name}" for name in ("loss", "baseline_loss", "knn")}
+    assert summary["metrics"].keys() == names | TIMINGS
+    for name in names:
         assert summary["metrics"][name] == series(trained, name)[STEPS]
 
 
@@ -166,6 +172,26 @@ def test_the_baseline_is_that_of_position_means_over_the_training_images(trained
         for image, hidden in zip(held_out[8 * i : 8 * i + 8], np.asarray(mask.hidden), strict=True):
             errors.append(np.mean((train.mean(axis=0)[hidden] - image[hidden]) ** 2))
     assert series(trained, "eval/baseline_loss")[STEPS] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_the_monitor_is_what_neighbours_of_scikit_learn_say_of_the_encoder(trained):
+    """Of the mean of the patch tokens of whole images, at every look."""
+    config = mae_jax.load_config(trained)
+    read = lambda split: digits(split=split).read(np.arange(digits(split=split).size))  # noqa: E731
+    (bank, labels), (queries, truth) = read("train[:32]"), read("test[:16]")  # monitor.bank, monitor.queries
+
+    def votes(distances):
+        return np.exp(-(distances**2) / 2 / 0.07)  # of unit vectors: similarity is 1 - distance**2 / 2
+
+    for step in (25, 50):
+        encoder, params = mae_jax.load_encoder(trained / "checkpoints" / str(step))
+        apply = jax.jit(lambda p, x, encoder=encoder: encoder.apply({"params": p}, x)[:, 1:].mean(axis=1))
+        features, asked = (
+            preprocessing.normalize(np.asarray(apply(params, jnp.float32(standard(x, config))), np.float64))
+            for x in (bank, queries)
+        )
+        neighbours = KNeighborsClassifier(config.monitor.k, weights=votes, algorithm="brute").fit(features, labels)
+        assert series(trained, "eval/knn")[step] == pytest.approx(neighbours.score(asked, truth), abs=1e-6)
 
 
 def standard(images, config):
@@ -308,7 +334,7 @@ def test_a_small_set_is_learnt_by_heart(tmp_path, capsys):
         *("--config.train.steps=800", "--config.data.split=train[:8]", "--config.data.held_out=train[:8]"),
         *("--config.optim.base_learning_rate=0.1", "--config.optim.warmup_epochs=100.0", "--config.optim.b2=0.99"),
         *("--config.optim.weight_decay=0.0", "--config.mask.ratio=0.5", "--config.log.every=400"),
-        *(f"--config.{group}.every=0" for group in ("eval", "pictures", "checkpoint")),
+        *(f"--config.{group}.every=0" for group in ("eval", "monitor", "pictures", "checkpoint")),
         "--config.mesh.data=1",
     ]
     assert pretraining(tmp_path, *arguments) == 0
@@ -380,7 +406,8 @@ def test_a_run_stopped_after_its_last_checkpoint_still_ends_as_promised(trained,
     workdir = copy_of(trained, tmp_path)
     (workdir / "summary.json").unlink()
     shutil.rmtree(workdir / "reconstructions")
-    lines = [line for line in lines_of(workdir) if (line["step"], "eval/loss" in line) != (STEPS, True)]
+    lines = [line for line in lines_of(workdir) if line["step"] < STEPS or "train/loss" in line]
+    assert len(lines) == len(lines_of(workdir)) - 2, "without the last look"
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for _ in range(2):  # the second time with all lines there
         assert pretraining(workdir, *SHORT) == 0
@@ -413,7 +440,8 @@ def test_a_finished_run_can_be_made_longer(trained, tmp_path, monkeypatch, capsy
     assert "changed: config.train.steps: 50 in" in out and "now 52" in out
     assert "resuming from step 50 of 52" in out
     assert list(series(workdir, "train/loss")) == list(range(1, 53))
-    assert lines_of(workdir)[:52] == lines_of(trained)
+    before = lines_of(trained)
+    assert lines_of(workdir)[: len(before)] == before
     assert json.loads((workdir / "summary.json").read_text())["steps"] == 52
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 52
     assert (workdir / "reconstructions" / "step_52.png").is_file()
@@ -642,6 +670,7 @@ def from_folder(tmp_path_factory):
         *("--config.data.source=folder", f"--config.data.path={root}", "--config.data.split=all"),
         *("--config.data.held_out=all", "--config.data.image_size=(32, 32)", "--config.encoder.patch_size=8"),
         *("--config.eval.images=25", "--config.train.steps=7", "--config.pictures.count=25"),
+        *("--config.monitor.every=0", "--config.monitor.bank=25", "--config.monitor.queries=25"),
         "--config.mesh.data=1",
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -657,7 +686,8 @@ def test_a_folder_of_all_sorts_of_files_trains_and_the_truncated_one_is_named(fr
     assert list(series(workdir, "train/loss")) == list(range(1, 8))
     assert all(np.isfinite(value) for line in lines_of(workdir) for value in line.values())
     assert all(str(truncated) in line for line in told), "all others can be read"
-    assert len(told) == 4, "once each for the pictures, the training, the baseline and the evaluation"
+    assert len(told) == 6, "once each for the pictures, training, baseline, evaluation, and the monitor's two sets"
+    assert series(workdir, "eval/knn").keys() == {7}, "its folders are classes"
     assert len(panels_of(workdir / "reconstructions" / "step_7.png", 32, 24)) == 24
 
 
