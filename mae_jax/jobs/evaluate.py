@@ -151,6 +151,11 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, dict[str, Dataset
     told = classification.description(held_out)
     sets = sets or {told.get("name") or told.get("path") or told["source"]: held_out}
     problems += checks.reading_problems(held_out)
+    if config.names and held_out.source != "tfds":
+        problems.append(
+            f"config.names: data sets of TFDS, but config.data.source is {held_out.source!r}; set it to tfds"
+        )
+        raise ConfigError(problems)
     checks.raise_if_no_data(problems)
     for name, data in sets.items():
         wrong = checks.split_problems(data, name, labelled=True)

@@ -20,11 +20,11 @@ from mae_jax.jobs import models, pretrain
 from mae_jax.training import metrics
 from mae_jax.training.checkpoint import Checkpoints
 
-TRAIN, HELD_OUT = "train[:83]", "test[:37]"  # sizes that neither the batch of 8 nor the eight devices divide
+TRAIN, HELD_OUT = "train[:1003]", "test[:149]"  # sizes that neither the batch nor the eight devices divide
 SMALL = {
-    "pretrain": ("--config.train.steps=60", "--config.optim.base_learning_rate=0.02", "--config.eval.every=0"),
-    "probe": ("--config.train.steps=30", "--config.optim.base_learning_rate=60.0"),
-    "finetune": ("--config.train.steps=12", "--config.optim.base_learning_rate=0.05", "--config.head.head_std=0.01"),
+    "pretrain": ("--config.train.steps=80", "--config.optim.base_learning_rate=0.02", "--config.eval.every=0"),
+    "probe": ("--config.train.steps=100", "--config.optim.base_learning_rate=60.0", "--config.eval.every=50"),
+    "finetune": ("--config.train.steps=20", "--config.optim.base_learning_rate=0.02", "--config.head.head_std=0.01"),
 }
 TIMINGS = {"train/images_per_second", "perf/data_wait_fraction"}
 
@@ -67,7 +67,8 @@ def run(job, workdir, *arguments, recipe="digits,tiny"):
     """The exit code of a job on some of the digits, or with `recipe` on what that says."""
     small = ()
     if recipe.startswith("digits"):
-        small = (f"--config.data.split={TRAIN}", f"--config.data.held_out={HELD_OUT}", *SMALL[job])
+        small = (f"--config.data.split={TRAIN}", f"--config.data.held_out={HELD_OUT}", "--config.data.batch_size=64")
+        small += SMALL[job]
     config = f"--config=configs/{job}.py" + f":{recipe}" * bool(recipe)
     return main([job, config, f"--workdir={workdir}", *small, *arguments])
 
@@ -109,8 +110,8 @@ def assert_equal(got, want):
 
 
 def held_out():
-    """The images that these models are evaluated on, uint8[37,8,8,1], and their labels."""
-    return digits(split=HELD_OUT).read(np.arange(37))
+    """The images that these models are evaluated on, uint8[149,8,8,1], and their labels."""
+    return digits(split=HELD_OUT).read(np.arange(149))
 
 
 def numbers(logits, labels):
@@ -150,7 +151,7 @@ def check_picture(path, least=300):
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert least <= min(picture.size) and max(picture.size) <= 1500
-        assert len(set(picture.convert("L").getdata())) > 20
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
 def refused(capsys, code, expected, *found):
@@ -167,30 +168,30 @@ def refused(capsys, code, expected, *found):
 def tools():
     """The functions above; test modules cannot import a conftest."""
     names = (run, read_json, lines_of, state_of, part_of, flat, assert_equal, held_out, check_numbers, check_picture)
-    return SimpleNamespace(**{f.__name__: f for f in (*names, refused, quickly, numbers)})
+    return SimpleNamespace(with_everything=WITH_EVERYTHING, **{f.__name__: f for f in (*names, refused)})
 
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory, compiled):
-    """The workdir of a pre-training of 60 steps, with another checkpoint at step 30."""
+    """The workdir of a pre-training of 80 steps, with another checkpoint at step 40."""
     workdir = tmp_path_factory.mktemp("runs") / "pretrained"
     with quickly(compiled):
-        assert run("pretrain", workdir, "--config.checkpoint.every=30", "--config.monitor.every=30") == 0
+        assert run("pretrain", workdir, "--config.checkpoint.every=40", "--config.monitor.every=40") == 0
     return workdir
 
 
 @pytest.fixture(scope="session")
 def probed(pretrained, tmp_path_factory, compiled):
-    """The workdir of a probe of it, with evaluations at steps 15 and 30."""
+    """The workdir of a probe of it, of 100 steps, with evaluations at steps 50 and 100."""
     workdir = tmp_path_factory.mktemp("runs") / "probed"
     with quickly(compiled):
-        assert run("probe", workdir, f"--config.init={pretrained}", "--config.eval.every=15") == 0
+        assert run("probe", workdir, f"--config.init={pretrained}") == 0
     return workdir
 
 
 @pytest.fixture(scope="session")
 def tuned(pretrained, tmp_path_factory, compiled):
-    """The workdir of its fine-tuning, with all that there is: mixing, erasing, stochastic depth, moving averages."""
+    """The workdir of 20 steps of its fine-tuning, with mixing, erasing, stochastic depth and moving averages."""
     workdir = tmp_path_factory.mktemp("runs") / "tuned"
     with quickly(compiled):
         assert run("finetune", workdir, f"--config.init={pretrained}", *WITH_EVERYTHING) == 0
@@ -199,7 +200,7 @@ def tuned(pretrained, tmp_path_factory, compiled):
 
 WITH_EVERYTHING = (
     *("--config.mixup.mixup=0.8", "--config.mixup.cutmix=1.0", "--config.erasing.probability=0.25"),
-    *("--config.encoder.drop_path=0.1", "--config.ema=0.8", "--config.eval.every=6"),
+    *("--config.encoder.drop_path=0.1", "--config.ema=0.8", "--config.eval.every=10"),
 )
 
 

@@ -16,7 +16,7 @@ from mae_jax.training import metrics, optim
 from mae_jax.training.loop import total_steps
 
 CLASSES = [str(i) for i in range(10)]
-STEPS = 30
+STEPS = 100
 
 
 def cls_features(init, images):
@@ -37,13 +37,13 @@ def test_a_probe_leaves_what_its_docstring_promises(probed, pretrained, tools):
         "job": "probe",
         "init": str(pretrained),
         "checkpoint": f"{probed}/checkpoints/{STEPS}",
-        "data": {"source": "digits", "split": "test[:37]"},
-        "trained_on": {"examples": 83, "source": "digits", "split": "train[:83]"},
+        "data": {"source": "digits", "split": "test[:149]"},
+        "trained_on": {"examples": 1003, "source": "digits", "split": "train[:1003]"},
         "steps": STEPS,
     }
     assert Path(results["checkpoint"]).is_dir()
     summary = tools.read_json(probed / "summary.json")
-    assert (summary["job"], summary["steps"], summary["images_seen"]) == ("probe", STEPS, 8 * STEPS)
+    assert (summary["job"], summary["steps"], summary["images_seen"]) == ("probe", STEPS, 64 * STEPS)
     lines = tools.lines_of(probed)
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
     (_, last) = (line for line in lines if "eval/top1" in line)
@@ -64,12 +64,12 @@ def test_its_numbers_are_those_of_a_linear_head_on_normalised_cls_tokens(probed,
     logits = x @ state["params/head/kernel"].astype(np.float64) + state["params/head/bias"]
     results = tools.read_json(probed / "results.json")
     tools.check_numbers(results, logits, labels, CLASSES)
-    assert results["correct"] > 5, "else this says little"
+    assert results["correct"] > 20, "else this says little"
 
 
 def test_the_encoder_is_frozen_and_costs_no_moments(probed, pretrained, tools):
     state = tools.state_of(probed, STEPS)
-    before = tools.part_of(tools.state_of(pretrained, 60), "params/encoder/")
+    before = tools.part_of(tools.state_of(pretrained, 80), "params/encoder/")
     tools.assert_equal(tools.part_of(state, "params/encoder/"), before)
     moments = [name for name in state if name.startswith("opt_state/") and np.ndim(state[name])]
     assert sorted("/".join(name.split("/")[-2:]) for name in moments) == ["head/bias", "head/kernel"]
@@ -77,10 +77,10 @@ def test_the_encoder_is_frozen_and_costs_no_moments(probed, pretrained, tools):
 
 
 def test_a_probe_is_the_same_in_pytorch(probed, pretrained, tools):
-    """Thirty steps of BatchNorm, a linear layer and LARS as in main_linprobe.py, on the same batches."""
+    """A hundred steps of BatchNorm, a linear layer and LARS as in main_linprobe.py, on the same batches."""
     torch = pytest.importorskip("torch")
     config = mae_jax.load_config(probed)
-    images, labels = digits(split="train[:83]").read(np.arange(83))
+    images, labels = digits(split="train[:1003]").read(np.arange(1003))
     features = torch.tensor(cls_features(pretrained, images))
     model = torch.nn.Sequential(
         torch.nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), torch.nn.Linear(features.shape[1], 10)
@@ -92,12 +92,12 @@ def test_a_probe_is_the_same_in_pytorch(probed, pretrained, tools):
         model[1].bias.zero_()
     momentum = {p: torch.zeros_like(p) for p in model.parameters()}
     losses = []
-    peak, warmup = 60 * 8 / 256, STEPS // 2  # ten epochs of ten steps would be more than half
+    peak, warmup = 60 * 64 / 256, STEPS // 2  # ten epochs of 15 steps would be more than half
     for step in range(STEPS):
-        places = np.arange(8 * step, 8 * step + 8)
-        index = [np.random.RandomState([config.seed, p // 83]).permutation(83)[p % 83] for p in places]
+        places = np.arange(64 * step, 64 * step + 64)
+        index = [np.random.RandomState([config.seed, p // 1003]).permutation(1003)[p % 1003] for p in places]
         loss = torch.nn.functional.cross_entropy(model(features[index]), torch.tensor(labels[index]))
-        losses.append(float(loss))
+        losses.append(loss.item())
         model.zero_grad()
         loss.backward()
         part = (step - warmup) / (STEPS - warmup)
@@ -108,24 +108,25 @@ def test_a_probe_is_the_same_in_pytorch(probed, pretrained, tools):
                 velocity.mul_(0.9).add_(trust * p.grad)
                 p.sub_(rate * velocity)
     state = tools.state_of(probed, STEPS)
-    np.testing.assert_allclose(state["params/head/kernel"], model[1].weight.detach().T, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(state["params/head/bias"], model[1].bias.detach(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(state["params/head/kernel"], model[1].weight.detach().T, atol=2e-3)
+    np.testing.assert_allclose(state["params/head/bias"], model[1].bias.detach(), atol=1e-2)
     for name, ours in (("running_mean", "mean"), ("running_var", "var")):
         np.testing.assert_allclose(state[f"stats/batch_stats/norm/{ours}"], getattr(model[0], name), rtol=1e-4)
     ours = [line["train/loss"] for line in tools.lines_of(probed) if "train/loss" in line]
-    assert ours == pytest.approx(losses, rel=1e-4)
+    assert ours[:50] == pytest.approx(losses[:50], rel=1e-3)
+    assert ours == pytest.approx(losses, rel=1e-2)
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_features_once_or_at_each_step_make_no_difference(
     norm, probed, pretrained, tmp_path, tools, monkeypatch, capsys
 ):
-    arguments = (f"--config.init={pretrained}", "--config.eval.every=15", f"--config.head.norm={norm}")
+    arguments = (f"--config.init={pretrained}", f"--config.head.norm={norm}")
     once = probed
     if norm != "batch":
         once = tmp_path / "once"
         assert tools.run("probe", once, *arguments) == 0
-        assert "features of 83 and 37 images in" in capsys.readouterr().out
+        assert "features of 1003 and 149 images in" in capsys.readouterr().out
     monkeypatch.setattr(Dataset, "augmented", True)
     assert tools.run("probe", tmp_path / "each", *arguments) == 0
     assert "features of" not in capsys.readouterr().out
@@ -139,12 +140,12 @@ def test_features_once_or_at_each_step_make_no_difference(
 
 
 def test_a_probe_on_one_device_counts_the_same(probed, pretrained, tmp_path, tools):
-    arguments = (f"--config.init={pretrained}", "--config.eval.every=15", "--config.mesh.data=1")
+    arguments = (f"--config.init={pretrained}", "--config.mesh.data=1")
     assert tools.run("probe", tmp_path, *arguments) == 0
     one, eight = (tools.read_json(run / "results.json") for run in (tmp_path, probed))
     for key in ("examples", "correct", "top1", "top5", "confusion", "per_class"):
         assert one[key] == eight[key], key
-    assert one["loss"] == pytest.approx(eight["loss"], rel=1e-5)
+    assert one["loss"] == pytest.approx(eight["loss"], rel=1e-3), "a hundred steps of float32 apart"
 
 
 def stop_after(monkeypatch, step):
@@ -162,15 +163,15 @@ def stop_after(monkeypatch, step):
 def test_a_stopped_probe_goes_on_with_the_encoder_it_began_with(probed, pretrained, tmp_path, tools, monkeypatch):
     """Even where config.init, a workdir, has been trained further since."""
     init = tmp_path / "init"
-    for step in (60, 30):  # the newest checkpoint at first, then the second newest
+    for step in (80, 40):  # the newest checkpoint at first, then the second newest
         (init / "checkpoints").mkdir(parents=True, exist_ok=True)
         (init / "checkpoints" / str(step)).symlink_to(pretrained / "checkpoints" / str(step))
-    arguments = (f"--config.init={init}", "--config.eval.every=15")
+    arguments = (f"--config.init={init}",)
     with monkeypatch.context() as patch:
-        stop_after(patch, 17)
+        stop_after(patch, 57)
         assert tools.run("probe", tmp_path / "run", *arguments) == 143
     assert not (tmp_path / "run" / "results.json").exists()
-    (init / "checkpoints" / "90").symlink_to(pretrained / "checkpoints" / "30")
+    (init / "checkpoints" / "90").symlink_to(pretrained / "checkpoints" / "40")
     assert tools.run("probe", tmp_path / "run", *arguments) == 0
     tools.assert_equal(tools.state_of(tmp_path / "run", STEPS), tools.state_of(probed, STEPS))
     assert tools.lines_of(tmp_path / "run") == tools.lines_of(probed)
@@ -180,31 +181,26 @@ def test_a_stopped_probe_goes_on_with_the_encoder_it_began_with(probed, pretrain
 
 def test_a_finished_probe_says_so_and_another_init_is_refused(probed, pretrained, tools, capsys):
     before = {p: p.read_bytes() for p in probed.iterdir() if p.is_file()}
-    assert tools.run("probe", probed, f"--config.init={pretrained}", "--config.eval.every=15") == 0
+    assert tools.run("probe", probed, f"--config.init={pretrained}") == 0
     assert "already complete" in capsys.readouterr().out
-    code = tools.run("probe", probed, f"--config.init={pretrained}/checkpoints/30", "--config.head.pool=mean")
+    code = tools.run("probe", probed, f"--config.init={pretrained}/checkpoints/40", "--config.head.pool=mean")
     told = tools.refused(capsys, code, 2, "config.init: ", "config.head.pool: cls in ")
     assert all("use a new --workdir" in line for line in told)
     assert {p: p.read_bytes() for p in probed.iterdir() if p.is_file()} == before
 
 
 def test_so_many_labels_of_each_class(pretrained, tmp_path, tools):
-    few = (
-        "--config.data.per_class=4",
-        "--config.data.split=train",
-        "--config.head.pool=mean",
-        "--config.train.steps=2",
-    )
+    few = ("--config.data.per_class=4", "--config.data.split=train", "--config.data.batch_size=8")
     assert tools.run("probe", tmp_path, f"--config.init={pretrained}", *few) == 0
     results = tools.read_json(tmp_path / "results.json")
     assert results["trained_on"]["examples"] == 40
-    assert results["examples"] == 37, "all that is held out"
+    assert results["examples"] == 149, "all that is held out"
 
 
 # Recipes
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "imagenet"])
+@pytest.mark.parametrize("name", [pytest.param("fashion_mnist", marks=pytest.mark.slow), "imagenet"])
 def test_recipes_run_at_their_tiny_size(name, untrained, tmp_path, tools):
     init = untrained({"fashion_mnist": "fashion_mnist", "imagenet": "vit_b16"}[name])
     assert tools.run("probe", tmp_path, f"--config.init={init}", "--config.mesh.data=1", recipe=f"{name},tiny") == 0
