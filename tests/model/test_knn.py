@@ -12,6 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mae_jax.model import knn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KS = (20, 1, 5, 200)
 classify = jax.jit(knn.classify, static_argnames=("ks", "classes", "chunk"))
 

@@ -11,6 +11,8 @@ import pytest
 
 from mae_jax.model.layers import MLP, Attention, Block, Dense, LayerNorm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:
     """Parameters of `module` of which none is 0 or 1: matrices keep the scale of their inputs, norms stay near 1."""

@@ -18,6 +18,8 @@ from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.masking import Mask
 from mae_jax.model.vit import SIZES, ViT
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "mae.npz"  # written by tests/test_parity.py
 
 

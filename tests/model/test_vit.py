@@ -12,6 +12,8 @@ from mae_jax.model.layers import Block, LayerNorm
 from mae_jax.model.patches import resize_positions, sincos_positions
 from mae_jax.model.vit import SIZES, ViT
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Patch size and trainable parameters of the encoder on 3 channels: those of timm without its head and positions.
 COUNTS = {
     "Ti": (16, 5_486_592),

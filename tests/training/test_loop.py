@@ -15,6 +15,8 @@ from mae_jax.training import optim
 from mae_jax.training.loop import State, create_state, fit, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
