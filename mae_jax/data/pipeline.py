@@ -210,6 +210,10 @@ class Dataset:
             parts["image"] = np.array(parts["image"], object)
             return [parts[key] for key in types]
 
+        # there is no Python in these for TensorFlow to convert, and to look for some takes it seconds
+        as_it_is = tf.autograph.experimental.do_not_convert
+
+        @as_it_is
         def read_step(step):
             parts = tf.numpy_function(read_all, [step], list(types.values()), stateful=False)
             parts = dict(zip(types, parts, strict=True))
@@ -223,6 +227,7 @@ class Dataset:
         def mend(chunk):
             return _mended(chunk, self.channels)
 
+        @as_it_is
         def attempt(chunk):
             """A data set of one element: the chunk prepared or, only where that fails, the mended chunk prepared."""
             alone = tf.data.Dataset.from_tensors(chunk)

@@ -73,12 +73,16 @@ def or_plain(plain: Callable) -> Callable:
     name = plain.__name__.removeprefix("_")
     assert name in FUNCTIONS
 
+    @functools.cache  # a model has the same shapes in many places
+    def shapes(attributes: tuple, *args: jax.ShapeDtypeStruct):
+        return jax.tree.map(lambda x: x.shape, jax.eval_shape(functools.partial(plain, **dict(attributes)), *args))
+
     @functools.wraps(plain)
     def chosen(*args, **attributes):
         if not serves(args[0]):
             return plain(*args, **attributes)
-        shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(functools.partial(plain, **attributes), *args))
-        return call(name, shapes, *args, **attributes)
+        given = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
+        return call(name, shapes(tuple(attributes.items()), *given), *args, **attributes)
 
     return chosen
 
