@@ -106,6 +106,7 @@ def digits() -> ConfigDict:
     config = fashion_mnist()
     config.data.update(source="digits", name="", held_out="test", image_size=(8, 8), batch_size=128, cache="")
     config.pixels = {"mean": (0.3053,), "std": (0.3760,)}
+    config.head.pool = "cls"
     config.optim.base_learning_rate = 20.0
     config.log.every = 110
     config.eval.every = 110
