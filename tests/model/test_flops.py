@@ -69,7 +69,7 @@ def test_the_step_does_no_more_than_is_needed(size, depth):
     needed = batch * training_flops(model, (224, 224), 3, 0.75)
     step = lowered(model, patch, batch)
     assert 1 <= step.cost_analysis()["flops"] / needed <= 1.02
-    if (size, depth) == ("Ti", 1):
+    if (size, depth) == ("B", 1):
         assert 1 <= step.compile().cost_analysis()["flops"] / needed <= 1.02
 
 
