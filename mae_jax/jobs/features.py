@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -33,6 +34,11 @@ def make_extract(encoder: ViT, pool: str, pixels: dict) -> Callable:
     return extract
 
 
+@functools.cache  # a monitor collects again and again
+def _gather(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda parts: parts, out_shardings=sharding)
+
+
 def collect(
     extract: Callable, params, data: Dataset, mesh: Mesh, limit: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +52,7 @@ def collect(
       DataError: none can be read.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    gather = jax.jit(lambda parts: parts, out_shardings=everywhere)
+    gather = _gather(everywhere)
     params = jax.device_put(params, everywhere)
     found = []
     for batch in data.once(batch_sharding(mesh), limit):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -73,6 +73,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
     print(f"results   {workdir}/results.json")
 
 
+@functools.cache  # a monitor asks again and again
+def _classify(ks: tuple[int, ...], classes: int, temperature: float, mesh: Mesh) -> Callable:
+    """`knn.classify`, jitted, with queries split over the devices."""
+    classify = functools.partial(knn.classify, ks=ks, classes=classes, temperature=temperature)
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    # mapped by hand: a compiler that splits top_k itself gathers what it is taken of
+    mapped = jax.shard_map(
+        classify, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=PartitionSpec(None, "data")
+    )
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, everywhere))
+
+
 def neighbours(
     bank: np.ndarray,
     labels: np.ndarray,
@@ -83,13 +95,7 @@ def neighbours(
     mesh: Mesh,
 ) -> np.ndarray:
     """`knn.classify` of any number of queries, some at a time, split over the devices: i32[len(ks),N]."""
-    classify = functools.partial(knn.classify, ks=ks, classes=classes, temperature=temperature)
-    everywhere, split = PartitionSpec(), PartitionSpec("data")
-    # mapped by hand: a compiler that splits top_k itself gathers what it is taken of
-    mapped = jax.shard_map(
-        classify, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=PartitionSpec(None, "data")
-    )
-    classify = jax.jit(mapped, out_shardings=NamedSharding(mesh, everywhere))
+    classify = _classify(ks, classes, temperature, mesh)
     bank, labels = jnp.asarray(bank), jnp.asarray(labels, jnp.int32)
     found = []
     at_once = -(-min(QUERIES, len(queries)) // mesh.size) * mesh.size
