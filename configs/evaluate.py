@@ -20,12 +20,14 @@ from ml_collections.config_dict import placeholder
 from mae_jax.errors import ConfigError, nearest
 from mae_jax.jobs.evaluate import ALEXNET, CORRUPTED
 
+KEYS = ("source", "name", "data_dir", "path", "split", "held_out_augment")  # of config.data; open: as in training
 SETS = {
     "": {},
-    "imagenet_a": {"name": "imagenet_a", "split": "test"},
-    "imagenet_r": {"name": "imagenet_r", "split": "test"},
-    "imagenet_sketch": {"name": "imagenet_sketch", "split": "test"},
-    "imagenet_c": {"split": "validation"},
+    "imagenet_a": {"source": "tfds", "name": "imagenet_a", "split": "test"},
+    "imagenet_r": {"source": "tfds", "name": "imagenet_r", "split": "test"},
+    "imagenet_sketch": {"source": "tfds", "name": "imagenet_sketch", "split": "test"},
+    # is cropped to 224 pixels already
+    "imagenet_c": {"source": "tfds", "split": "validation", "held_out_augment": "none"},
 }
 
 
@@ -33,7 +35,7 @@ def get_config(name: str = "") -> ConfigDict:
     if name not in SETS:
         raise ConfigError(f"--config: no recipe {name!r}; use one of {', '.join(SETS)}{nearest(name, SETS)}")
     config = ConfigDict({"init": "", "names": (), "occurring_only": name in ("imagenet_a", "imagenet_r")})
-    config.data = {key: placeholder(str) for key in ("source", "name", "data_dir", "path", "split")}
+    config.data = {key: placeholder(str) for key in KEYS}
     config.data.batch_size = 256
     config.data.update(SETS[name])
     if name == "imagenet_c":

@@ -74,6 +74,8 @@ def classifier_problems(config: ConfigDict) -> list[str]:
     for key in ("mixup", "cutmix") if "mixup" in config else ():
         if config.mixup[key] < 0:
             problems.append(f"config.mixup.{key}: {config.mixup[key]} is below 0; 0 is off")
+    if "trainable" not in config and config.optim.layer_decay != 1:
+        problems.append("config.optim.layer_decay: is for fine-tuning; leave it out")
     if "ema" in config and not 0 <= config.ema < 1:
         problems.append(f"config.ema: {config.ema} is not between 0 (off) and 1")
     if "trainable" in config:
@@ -190,6 +192,8 @@ def run_problems(config: ConfigDict) -> list[str]:
             problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))
     if not 0 <= data.randaugment <= 10:
         problems.append(f"config.data.randaugment: {data.randaugment} is not between 0 (off) and 10")
+    elif data.randaugment and channels not in (1, 3):
+        problems.append(f"config.data.randaugment: is for images of 1 or 3 channels, not {channels}; set it to 0")
     return problems + count_problems(config)
 
 
@@ -251,9 +255,28 @@ def split_problems(data: Dataset, name: str, least: int = 1, labelled: bool = Fa
     return problems
 
 
-def reading_problems(data: Dataset) -> list[str]:
-    """What is wrong with the settings of data that is read once, over all devices there are, one line each."""
-    problems = unknown_names({"config.data.source": (data.source, SOURCES)})
+# What a source reads besides its split; other sources would not notice that it is given.
+READ_BY = {"name": ("tfds",), "data_dir": ("tfds",), "path": ("folder", "files")}
+
+
+def reading_problems(data: Dataset, given: dict) -> list[str]:
+    """What is wrong with the settings of data that is read once, over all devices there are, one line each.
+
+    Args:
+      given: the settings of `data` that are others than in training.
+    """
+    problems = unknown_names(
+        {
+            "config.data.source": (data.source, SOURCES),
+            "config.data.held_out_augment": (data.held_out_augment, DRAWING_NOTHING),
+        }
+    )
+    problems += [
+        f"config.data.{key}: {given[key]!r}, which the source {data.source!r} does not read; "
+        f"set config.data.source to {' or '.join(sources)}"
+        for key, sources in READ_BY.items()
+        if key in given and data.source in SOURCES and data.source not in sources
+    ]
     return problems + batch_problems(data.batch_size, jax.device_count())
 
 

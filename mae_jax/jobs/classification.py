@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from mae_jax.training.sharding import batch_sharding
 
 # What must stay as it is when a run goes on: the model, the order of the data and the randomness.
 FIXED = (
-    *("encoder.", "head.", "pixels.", "seed", "init", "trainable", "classes"),
+    *("encoder.", "head.", "pixels.", "seed", "init", "trainable", "ema", "classes"),
     *(f"data.{key}" for key in ("source", "name", "split", "image_size", "channels", "batch_size", "repeats")),
     *("data.per_class", "data.subset_seed"),
 )
@@ -42,9 +44,12 @@ def check(
       UserError: with all that is wrong, before anything is compiled.
     """
     init, encoder = config.get("init"), config.get("encoder")
-    if init == "" and (needs_init or "width" not in (encoder or {})):
+    told = isinstance(encoder, ConfigDict) and "width" in encoder
+    if init == "" and needs_init:
         raise ConfigError(checks.NO_INIT)
-    if isinstance(init, str) and init and isinstance(encoder, ConfigDict):
+    if init == "" and not told:
+        raise ConfigError(f"{checks.NO_INIT}; or train from nothing with a recipe that says so, such as digits,scratch")
+    if isinstance(init, str) and init and isinstance(encoder, ConfigDict) and not told:
         config = ConfigDict(config.to_dict())
         config.encoder = {**models.load_config(init).encoder.to_dict(), **encoder.to_dict()}
     config, problems = complete(config, schema, values)
@@ -59,6 +64,17 @@ def check(
         raise ConfigError(dict.fromkeys(problems))
     config.classes = data.opened.labels
     return config, data, held_out
+
+
+def remember(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """`config`, and where `workdir` has a run to go on with, its encoder: what that began with may be gone."""
+    path = workdir / "config.json"
+    if not checkpoint.steps_in(workdir / checkpoint.FOLDER) or not path.exists():
+        return config
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged file is reported by the run
+        config = ConfigDict(config.to_dict())
+        config.encoder = {**json.loads(path.read_text())["encoder"], **config.encoder.to_dict()}
+    return config
 
 
 def build(config: ConfigDict) -> Classifier:
@@ -113,22 +129,30 @@ def evaluation(held_out: Dataset, run: Run, forward: Callable, *, every: int = 0
     def hook(state, step):
         limit = None if step == run.steps else images
         total = sums(measure, (state.averaged, state.stats), held_out.once(batch_sharding(run.mesh), limit))
-        found = summary(total, run.config.classes)
-        scalars = {f"eval/{name}": found[name] for name in ("top1", "top5", "loss")}
-        run.writer.scalars(step, scalars)
-        print(f"step {step}  {describe(found)}", flush=True)
-        if step == run.steps:
-            about = {
-                "job": run.job,
-                "init": run.config.init,
-                "checkpoint": f"{run.workdir}/checkpoints/{step}",
-                "data": description(held_out),
-                "trained_on": {"examples": run.data.opened.size, **description(run.data)},
-                "steps": step,
-            }
-            leave(run.workdir, about | found, total["confusion"])
+        run.last_look = total  # reported once the run is saved: nothing that goes wrong there loses it
+        if total and total["confusion"].any():
+            found = summary(total, run.config.classes)
+            run.writer.scalars(step, {f"eval/{name}": found[name] for name in ("top1", "top5", "loss")})
+            print(f"step {step}  {describe(found)}", flush=True)
 
     return every, hook
+
+
+def report(held_out: Dataset, run: Run) -> None:
+    """Leave the results of a run that is trained to the end, as its last evaluation found them.
+
+    Raises:
+      DataError: there was no image with a label.
+    """
+    about = {
+        "job": run.job,
+        "init": run.config.init,
+        "checkpoint": f"{run.workdir}/checkpoints/{run.steps}",
+        "data": description(held_out),
+        "trained_on": {"examples": run.data.opened.size, **description(run.data)},
+        "steps": run.steps,
+    }
+    leave(run.workdir, about | summary(run.last_look, run.config.classes), run.last_look.get("confusion"))
 
 
 def description(data: Dataset) -> dict:
@@ -174,6 +198,11 @@ def leave(workdir: Path, results: dict, confusion: np.ndarray) -> None:
     if lines:
         plots.curves(workdir / "curve.png", lines)
     print(f"results     {workdir}/results.json, confusion.png" + ", curve.png" * bool(lines))
+
+
+def weight_of(batch: dict) -> jax.Array:
+    """f32[N]: what an example counts for in training; nothing without a label."""
+    return jnp.where(batch["label"] >= 0, batch["weight"], 0.0)
 
 
 def logits_of(model: Classifier, config: ConfigDict) -> Callable:

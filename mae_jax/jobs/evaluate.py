@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from mae_jax.config import make_workdir, to_json, write_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import labels_of
-from mae_jax.errors import ConfigError
+from mae_jax.errors import ConfigError, DataError
 from mae_jax.jobs import checks, classification
 from mae_jax.training import checkpoint
 from mae_jax.training.evaluate import sums, tally
@@ -82,6 +82,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         names = data.opened.labels
         kept = np.unique(labels_of(data.opened)) if config.occurring_only else np.arange(len(names))
         kept = kept[kept >= 0]
+        if not len(kept):
+            raise DataError(f"{name}: no image has a label")
         columns = jnp.array([trained.classes.index(names[label]) for label in kept])
         number_of = jnp.full(len(names), -1).at[kept].set(np.arange(len(kept)))  # label -> column
         total = sums(measure, (variables, columns, number_of), data.once(batch_sharding(mesh)))
@@ -124,6 +126,7 @@ def data_settings(
     data_dir: str | None = None,
     path: str | None = None,
     split: str | None = None,
+    held_out_augment: str | None = None,
     batch_size: int | None = None,
 ) -> dict:
     """Settings of `Dataset` that are to be others than in training; None: the same, the held-out split being meant."""
@@ -146,11 +149,12 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, dict[str, Dataset
         problems.append(f"config.init: {config.init} holds no classifier; name a run of probe or finetune")
         raise ConfigError(problems)
     given = data_settings(**config.data)
-    held_out = Dataset(**{**trained.data, "cache": ""}).held_out_set().but(**given)
+    held_out = Dataset(**{**trained.data, "cache": "", **given}).held_out_set()
+    held_out = held_out.but(split=given.get("split", held_out.split))
     sets = {name: held_out.but(name=name) for name in config.names}
     told = classification.description(held_out)
     sets = sets or {told.get("name") or told.get("path") or told["source"]: held_out}
-    problems += checks.reading_problems(held_out)
+    problems += checks.reading_problems(held_out, given)
     if config.names and held_out.source != "tfds":
         problems.append(
             f"config.names: data sets of TFDS, but config.data.source is {held_out.source!r}; set it to tfds"

@@ -42,14 +42,16 @@ def _gather(sharding: NamedSharding) -> Callable:
 def collect(
     extract: Callable, params, data: Dataset, mesh: Mesh, limit: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features f32[n,D] and labels i64[n] of all images of `data` that can be read, in order; whole on every host.
+    """Features f32[n,D] and labels i64[n] of the images of `data` that can be read and have a label, in order.
+
+    They are whole on every host.
 
     Args:
       extract: from `make_extract`.
       limit: take only so many images, the first ones.
 
     Raises:
-      DataError: none can be read.
+      DataError: there is none.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     gather = _gather(everywhere)
@@ -58,9 +60,9 @@ def collect(
     for batch in data.once(batch_sharding(mesh), limit):
         parts = {"feature": extract(params, batch["image"]), "label": batch["label"], "weight": batch["weight"]}
         found.append(jax.device_get(gather(parts)))
-    kept = [part["weight"] > 0 for part in found]
+    kept = [(part["weight"] > 0) & (part["label"] >= 0) for part in found]
     if not any(map(np.any, kept)):
-        raise DataError(f"config.data: none of the images of the split {data.split!r} can be read")
+        raise DataError(f"config.data: no image of the split {data.split!r} can be read and has a label")
     features, labels = (
         np.concatenate([part[key][k] for part, k in zip(found, kept, strict=True)]) for key in ("feature", "label")
     )

@@ -30,7 +30,7 @@ from mae_jax.model.classifier import UNDECAYED, Classifier, layer_of, trainable
 from mae_jax.model.patches import normalize
 from mae_jax.model.vit import ViT
 from mae_jax.training import optim
-from mae_jax.training.checkpoint import Checkpoints
+from mae_jax.training.checkpoint import FOLDER, Checkpoints, steps_in
 from mae_jax.training.loop import fit, total_steps
 from mae_jax.training.sharding import make_mesh
 
@@ -39,8 +39,9 @@ WRITES_WORKDIR = True
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
-    config, data, held_out = check(config)
-    start = {"encoder": models.encoder_to_start_from(config)} if config.init else {}
+    config, data, held_out = check(classification.remember(config, workdir))
+    begins = config.init and not steps_in(workdir / FOLDER)
+    start = {"encoder": models.encoder_to_start_from(config)} if begins else {}
     run = Run("finetune", config, workdir, data, classification.FIXED)
     if run.complete:
         return
@@ -57,6 +58,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         exempt=UNDECAYED,
         ema=config.ema,
     )
+    classification.report(held_out, run)
 
 
 def make_loss(model: Classifier, config: ConfigDict):
@@ -66,16 +68,17 @@ def make_loss(model: Classifier, config: ConfigDict):
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         images = normalize(batch["image"], **config.pixels)  # uint8 to f32[N,H,W,C]
         images = erase(erase_key, images, **config.erasing)
-        images, targets = mix(mix_key, images, batch["label"], batch["weight"], model.classes, **config.mixup)
+        weight = classification.weight_of(batch)
+        images, targets = mix(mix_key, images, batch["label"], weight, model.classes, **config.mixup)
         logits, moved = model.apply(
             {"params": params, **stats},
             images,
-            batch["weight"],
+            weight,
             update=True,
             rngs={"drop_path": path_key},
             mutable=["batch_stats"],
         )
-        return losses.weighted_mean(losses.cross_entropy(logits, targets), batch["weight"]), dict(moved)
+        return losses.weighted_mean(losses.cross_entropy(logits, targets), weight), dict(moved)
 
     return loss_fn
 

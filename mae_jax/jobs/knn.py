@@ -186,9 +186,10 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset, Dataset]
       UserError: with all that is wrong, before anything is compiled.
     """
     config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES, own_problems)
-    data = Dataset(**{**trained.data, "cache": "", **data_settings(**config.data)}).plain()
+    given = data_settings(**config.data)
+    data = Dataset(**{**trained.data, "cache": "", **given}).plain()
     held_out = data.held_out_set()
-    problems += checks.reading_problems(data)
+    problems += checks.reading_problems(data, given)
     checks.raise_if_no_data(problems)
     problems += checks.data_problems(config, data, held_out, labelled=True)
     if problems:

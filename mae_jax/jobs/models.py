@@ -108,6 +108,13 @@ def encoder_to_start_from(config: ConfigDict) -> dict:
     """
     trained = load_config(config.init)
     encoder, before = ViT(**config.encoder), ViT(**trained.encoder)
+    problems = []
+    if encoder.heads != before.heads:  # which no shape would show
+        problems.append(f"{config.init}: its encoder has {before.heads} heads, not {encoder.heads}")
+    if before.positions == "learned" and encoder.positions != "learned":
+        problems.append(f"{config.init}: unused: params/encoder/positions; set config.encoder.positions to learned")
+    if problems:
+        raise CheckpointError(problems)
     wanted = encoder_shapes(encoder, config)
     read = dict(wanted)
     if before.positions == "learned":

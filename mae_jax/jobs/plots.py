@@ -20,7 +20,7 @@ def curves(path: Path, lines: Sequence[dict]) -> None:
     names = dict.fromkeys(name for line in lines for name in line)
     panels = {
         "loss": [name for name in names if name.endswith("loss")],
-        "accuracy, %": [name for name in names if name.startswith(("eval/top", "eval/knn"))],
+        "accuracy, %": [name for name in names if name.startswith("eval/top")],
     }
     panels = {title: shown for title, shown in panels.items() if shown}
     figure = figures.Figure(figsize=(5.5 * max(len(panels), 1), 3.6), layout="constrained")
@@ -48,8 +48,8 @@ def confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
     right = np.trace(counts) / max(counts.sum(), 1)
     axes.set(xlabel="predicted", ylabel="true", title=f"{right:.2%} of {int(counts.sum())} right")
     if classes <= NAMED_UP_TO:
-        axes.set_xticks(range(classes), names, rotation=90)
-        axes.set_yticks(range(classes), names)
+        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), names, parse_math=False)
     if classes <= NUMBERED_UP_TO:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"

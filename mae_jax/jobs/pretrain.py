@@ -60,8 +60,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         evaluation(model, target, config, data, held_out, run, **config.eval),
         pictures(model, target, config, held_out, run, **config.pictures),
     ]
-    if data.opened.labels and held_out.opened.labels:
+    if data.opened.labels and data.opened.labels == held_out.opened.labels:
         hooks.append(knn.monitor(model.encoder, config, data, held_out, run, **config.monitor))
+    else:
+        print("no eval/knn: the training and the held-out split have no labels, or other ones")
     run.train(lambda key: (models.init(model, config, key), {}), make_loss(model, target, config), hooks)
     final = run.final_metrics
     if "eval/loss" in final:

@@ -29,7 +29,7 @@ from mae_jax.model.classifier import Classifier, trainable
 from mae_jax.model.patches import normalize
 from mae_jax.model.vit import ViT
 from mae_jax.training import optim
-from mae_jax.training.checkpoint import Checkpoints
+from mae_jax.training.checkpoint import FOLDER, Checkpoints, steps_in
 from mae_jax.training.loop import fit, total_steps
 from mae_jax.training.sharding import make_mesh
 
@@ -38,8 +38,9 @@ WRITES_WORKDIR = True
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train the head as `config` says, or go on with what is in `workdir`."""
-    config, data, held_out = check(config)
-    start = {"encoder": models.encoder_to_start_from(config)}
+    config, data, held_out = check(classification.remember(config, workdir))
+    resumed = bool(steps_in(workdir / FOLDER))
+    start = {} if resumed else {"encoder": models.encoder_to_start_from(config)}
     run = Run("probe", config, workdir, data, classification.FIXED)
     if run.complete:
         return
@@ -49,9 +50,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if once:
         began = time.perf_counter()
         extract = make_extract(model.encoder, model.pool, config.pixels)
-        encoder = start["encoder"]
-        if run.checkpoints.latest_step is not None:  # config.init may have been trained further since the run began
-            _, encoder = models.load_encoder(workdir)
+        # config.init may have been trained further since the run began
+        encoder = models.load_encoder(workdir)[1] if resumed else start["encoder"]
         shown, looked_at = (part.holding(*collect(extract, encoder, part, run.mesh)) for part in (data, held_out))
         took = time.perf_counter() - began
         print(f"features of {shown.opened.size} and {looked_at.opened.size} images in {took:.1f} s", flush=True)
@@ -67,9 +67,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         return model.apply(variables, features(params, batch), method="classify", **options)
 
     def loss_fn(params, stats, batch, key):
-        out, moved = logits(params, stats, batch, weight=batch["weight"], update=True, mutable=["batch_stats"])
+        weight = classification.weight_of(batch)
+        out, moved = logits(params, stats, batch, weight=weight, update=True, mutable=["batch_stats"])
         targets = jax.nn.one_hot(batch["label"], model.classes)
-        return losses.weighted_mean(losses.cross_entropy(out, targets), batch["weight"]), dict(moved)
+        return losses.weighted_mean(losses.cross_entropy(out, targets), weight), dict(moved)
 
     hooks = [classification.evaluation(looked_at, run, logits, **config.eval)]
     run.train(
@@ -80,6 +81,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         start=start,
         trained=lambda path: trainable(path, model.encoder.depth, "head"),
     )
+    classification.report(looked_at, run)
 
 
 # Each group of the config is splatted into one function, whose keyword-only parameters are its keys.

@@ -1,6 +1,7 @@
 """The operations of ops.py in C++ (native.cc), for float32 on one CPU, where XLA reaches half the speed of PyTorch.
 
 On GPUs and TPUs, on several devices, for other dtypes and without a C++ compiler, the formulas in ops.py are what runs.
+They have second derivatives, which the C++ has not: take those within `unused()`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,11 +47,11 @@ def unused() -> Iterator[None]:
         _wanted = before
 
 
-def serves(x: jax.Array) -> bool:
-    """Whether the functions of native.cc are to be used for `x` and what goes with it."""
+def serves(*args: jax.Array) -> bool:
+    """Whether the functions of native.cc are to be used for these arguments."""
     return (
         _wanted
-        and x.dtype == jnp.float32
+        and all(x.dtype == jnp.float32 for x in args)
         and jax.default_backend() == "cpu"
         and jax.device_count() == 1  # on several, XLA would gather all shards of the arguments on each
         and _registered()
@@ -79,7 +81,7 @@ def or_plain(plain: Callable) -> Callable:
 
     @functools.wraps(plain)
     def chosen(*args, **attributes):
-        if not serves(args[0]):
+        if not serves(*args):
             return plain(*args, **attributes)
         given = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
         return call(name, shapes(tuple(attributes.items()), *given), *args, **attributes)
@@ -92,7 +94,7 @@ def keep_freed_memory() -> None:
 
     To be called before JAX starts its threads. Elsewhere than with glibc nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         for option, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}.items():
             mallopt(option, value)

@@ -156,7 +156,7 @@ def attention(q, kv):
 
 
 def _attention_forward(q, kv):
-    if native.serves(q):  # there the softmax is computed again, from the logarithms of its sums
+    if native.serves(q, kv):  # there the softmax is computed again, from the logarithms of its sums
         n, tokens, heads, _ = q.shape
         out, logsum = native.call("attention", (q.shape, (n, heads, tokens)), q, kv)
         return out, (q, kv, out, logsum)

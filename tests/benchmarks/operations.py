@@ -2,22 +2,26 @@
 
     python tests/benchmarks/operations.py [--setups B,Ti,32px] [--rounds 7]
 
-Every call of the compiled step is found in its trace, with its shapes, and timed alone on random arrays; `rest` is what
-the whole step takes besides: AdamW, gathers, residual sums, the loss. A kind's GFLOP/s count its matrix products. The
-ceiling is a product of 2048 x 2048 matrices in PyTorch, measured between the rounds.
+Every call of the step is found in its trace, with its shapes, and timed alone on random arrays, in turn with the whole
+step; `rest` is what that takes besides: AdamW, gathers, residual sums, the loss. A kind's GFLOP/s count its matrix
+products. The ceiling is a product of 2048 x 2048 matrices in PyTorch, in the same rounds.
 """
 
 import argparse
 import collections
+import itertools
 import math
-import time
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
-from step import SETUPS, ceiling, load, seconds_of, training_step
+from jax.interpreters import partial_eval as pe
+from step import SETUPS, ceiling, load, repeated, seconds_of, training_step
 
 from mae_jax.model import native
+
+CACHE = 256 * 2**20  # bytes that no cache holds
 
 
 def calls_of(jaxpr):
@@ -30,7 +34,7 @@ def calls_of(jaxpr):
             ]
             attributes = tuple((key, float(value)) for key, value in dict(equation.params["attributes"]).items())
             found[equation.params["target_name"].removeprefix("mae_"), *shapes, attributes] += 1
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             found += calls_of(inner)
     return found
 
@@ -52,20 +56,23 @@ def flops_of(name, arguments):
     return 0
 
 
-def seconds_of_call(name, arguments, results, attributes, rounds):
-    """Median over rounds."""
+def runner(name, arguments, results, attributes):
+    """run(n): n calls, on several sets of random arrays in turn, so that they are not in the cache already."""
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in arguments]
-    run = jax.jit(lambda *args: native.call(name, results, *args, **dict(attributes)))
-    jax.block_until_ready(run(*arrays))
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        for _ in range(3):
-            out = run(*arrays)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - began) / 3)
-    return np.median(times)
+    size = 4 * sum(map(math.prod, arguments))
+    sets = [
+        [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in arguments]
+        for _ in range(max(1, min(8, CACHE // size)))
+    ]
+    call = jax.jit(lambda *args: native.call(name, results, *args, **dict(attributes)))
+    turns = itertools.cycle(sets)
+
+    def run(n):
+        for _ in range(n):
+            jax.block_until_ready(call(*next(turns)))
+
+    run(1)
+    return run
 
 
 def main():
@@ -76,31 +83,33 @@ def main():
     native.keep_freed_memory()  # as the command line does
     multiply, _ = ceiling(None)
     for setup in given.setups.split(","):
-        config = load(setup)
-        step, abstract, new_state, batch = training_step(config)
-        calls = calls_of(jax.make_jaxpr(step)(abstract, batch).jaxpr)
-        compiled, state = step.lower(abstract, batch).compile(), new_state()
-        whole, tops = [], []
+        step, abstract, new_state, batch = training_step(load(setup))
+        closed = jax.make_jaxpr(step)(abstract, batch)
+        used, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+        calls = calls_of(used)  # without the gradient of the pixels, which nobody asks for
+        runs = {"step": repeated(step.lower(abstract, batch).compile(), new_state(), batch)[0], "ceiling": multiply}
+        runs |= {call: runner(*call) for call in calls}
+        runs["step"](1)
+        times = {name: [] for name in runs}
         for _ in range(given.rounds):
-            began = time.perf_counter()
-            state, scalars = compiled(state, batch)
-            jax.block_until_ready(scalars)
-            whole.append(time.perf_counter() - began)
-            tops.append(2 * 2048**3 / seconds_of(multiply, 3) / 1e9)
-        total, top = np.median(whole[1:]), np.median(tops)
-        print(f"\n{setup}: {1e3 * total:.0f} ms a step, ceiling {top:.0f} GFLOP/s")
+            for name, run in runs.items():
+                times[name].append(seconds_of(run, 1 if name == "step" else 4))
+        times = {name: np.array(took) for name, took in times.items()}
+        top = 2 * 2048**3 / times["ceiling"] / 1e9  # GFLOP/s in each round
+        print(f"\n{setup}: {1e3 * np.median(times['step']):.0f} ms a step, ceiling {np.median(top):.0f} GFLOP/s")
         print(f"{'operation':20} {'calls':>6} {'ms':>8} {'of step':>8} {'GFLOP/s':>8} {'of ceiling':>10}")
-        kinds = collections.defaultdict(lambda: [0, 0.0, 0])
-        for (name, *rest), count in calls.items():
-            took = seconds_of_call(name, *rest, given.rounds)
-            for i, value in enumerate((count, count * took, count * flops_of(name, rest[0]))):
-                kinds[name][i] += value
-        for name, (count, seconds, flops) in sorted(kinds.items(), key=lambda item: -item[1][1]):
+        kinds = {}
+        for call, count in calls.items():
+            kind = kinds.setdefault(call[0], [0, 0.0, 0])
+            for i, value in enumerate((count, count * times[call], count * flops_of(call[0], call[1]))):
+                kind[i] = kind[i] + value
+        rest = 1 - sum(seconds / times["step"] for _, seconds, _ in kinds.values())
+        for name, (count, seconds, flops) in sorted(kinds.items(), key=lambda item: -np.median(item[1][1])):
             rate = flops / seconds / 1e9
-            speed = f"{rate:8.0f} {rate / top:10.0%}" if flops else ""
-            print(f"{name:20} {count:6} {1e3 * seconds:8.1f} {seconds / total:8.1%} {speed}", flush=True)
-        rest = total - math.fsum(seconds for _, seconds, _ in kinds.values())
-        print(f"{'rest':20} {'':6} {1e3 * rest:8.1f} {rest / total:8.1%}", flush=True)
+            speed = f"{np.median(rate):8.0f} {np.median(rate / top):10.0%}" if flops else ""
+            share = np.median(seconds / times["step"])
+            print(f"{name:20} {count:6} {1e3 * np.median(seconds):8.1f} {share:8.1%} {speed}", flush=True)
+        print(f"{'rest':20} {'':6} {1e3 * np.median(rest * times['step']):8.1f} {np.median(rest):8.1%}", flush=True)
 
 
 if __name__ == "__main__":

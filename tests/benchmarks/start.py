@@ -28,6 +28,7 @@ def seconds_to_first_step(recipe, changes, cache):
         command = [sys.executable, "-m", "mae_jax", "pretrain", f"--config=configs/pretrain.py:{recipe}"]
         command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in changes.items())]
         environment = os.environ | {"XDG_CACHE_HOME": cache}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would win
         began = time.perf_counter()
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:

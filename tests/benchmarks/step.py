@@ -14,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -147,7 +148,15 @@ def hf_compiled(config):
     return hf(config, compiled=True)
 
 
-PEERS = {"hf": hf, "hf_compiled": hf_compiled, "plain": plain, "ours": ours}
+def ours_in_jax(config):
+    """This project's own step without its C++: what runs where there is no compiler, and on several devices."""
+    from mae_jax.model import native
+
+    with native.unused():
+        return ours(config)
+
+
+PEERS = {"hf": hf, "hf_compiled": hf_compiled, "plain": plain, "ours": ours, "ours_in_jax": ours_in_jax}
 
 
 def seconds_of(run, n):
@@ -194,8 +203,13 @@ class Peer:
     def __init__(self, setup, name):
         command = [sys.executable, __file__, "--work", setup, name]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        self.about = json.loads(self.process.stdout.readline())
+        with tempfile.TemporaryFile("w+") as errors:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
+            line = self.process.stdout.readline()
+            errors.seek(0)
+            if not line:
+                sys.exit(f"{name} does not start: {errors.read()[-2000:]}")
+        self.about = json.loads(line)
 
     def seconds(self, steps):
         """Of one step, over so many."""
@@ -251,6 +265,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.0, help="of each peer in each round")
     parser.add_argument("--work", nargs=2, metavar=("SETUP", "PEER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for flag, known in {"setups": SETUPS, "peers": PEERS}.items():
+        if unknown := set(getattr(given, flag).split(",")) - set(known):
+            parser.error(f"--{flag}: {', '.join(unknown)}: not among {', '.join(known)}")
     if given.work:
         return work(*given.work)
     for setup in given.setups.split(","):

@@ -154,7 +154,7 @@ def test_recipes_name_data_sets_that_tfds_has():
     assert len(config.names) == 15 * 5 and set(config.names) <= known
     assert (config.data.split, config.occurring_only) == ("validation", False)
     assert recipes["get_config"]().data.to_dict() == {
-        **dict.fromkeys(("source", "name", "data_dir", "path", "split")),
+        **dict.fromkeys(("source", "name", "data_dir", "path", "split", "held_out_augment")),
         "batch_size": 256,
     }
     for name in recipes["SETS"]:

@@ -73,5 +73,5 @@ def test_what_cannot_be_read_has_no_features(params, tmp_path, caplog):
     assert "4.png" in caplog.text
     for path in tmp_path.glob("*/*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="none of the images of the split 'all' can be read"):
+    with pytest.raises(DataError, match="no image of the split 'all' can be read and has a label"):
         collect(make_extract(ENCODER, "pixels", PIXELS), params, data, make_mesh())
