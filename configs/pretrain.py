@@ -135,10 +135,10 @@ def cifar10() -> ConfigDict:
 def fashion_mnist() -> ConfigDict:
     """Ten kinds of clothing on a laptop; prepare the data with mae-jax prepare --config=configs/prepare.py.
 
-    Measured, with seed 0 on two cores: train/loss is 0.783 at step 39, eval/loss falls from 0.576 (step 234) to 0.430
-    (step 2340), 0.73 of eval/baseline_loss 0.589; 820 to 1030 images/s, 599,040 images, 12 minutes in all. From 10,000
-    training images, standardised, the cls token tells 81.4 % of 5,000 test images apart by logistic regression and
-    77.9 % by 20 nearest neighbours, the mean of the patch tokens 82.2 % and 79.1 %; raw pixels: 80.7 % by neighbours.
+    Measured, with seed 0 on two cores: eval/loss falls from 0.254 (step 468) to 0.158 (step 3276), 0.23 of
+    eval/baseline_loss 0.695, and eval/knn rises from 76.6 % to 82.9 %; 390 to 470 images/s with other load beside,
+    766,584 images. Among all training images 20 neighbours tell 85.3 % of the test images right, 10 neighbours 85.7 %;
+    a linear probe 87.2 % (configs/probe.py:fashion_mnist).
     """
     config = paper()
     config.encoder.update(width=192, depth=4, heads=3, patch_size=4)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import mae_jax
+from mae_jax.__main__ import main
 from mae_jax.errors import CheckpointError, DataError
 from mae_jax.jobs import classification
 
@@ -82,6 +83,49 @@ def test_a_classifier_of_other_classes_or_without_its_statistics_is_refused_by_n
     told = tools.refused(capsys, code, 4, "missing: params/norm/scale", "missing: params/norm/bias")
     assert sum("misshapen: params/head/" in line for line in told) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_what_no_shape_tells_of_an_encoder_is_compared_too(pretrained, tuned, tmp_path, tools, capsys):
+    recipe = "digits,scratch,tiny"
+    code = tools.run(
+        "finetune", tmp_path / "a", f"--config.init={pretrained}", "--config.encoder.heads=8", recipe=recipe
+    )
+    tools.refused(capsys, code, 4, "2 heads, not 8")
+    code = tools.run("finetune", tmp_path / "b", f"--config.init={tuned}", "--config.encoder.positions=sincos")
+    tools.refused(capsys, code, 4, "unused: params/encoder/positions")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("job", ["probe", "finetune"])
+def test_a_run_goes_on_though_what_it_began_with_is_gone(job, pretrained, tmp_path, tools):
+    init, workdir = tmp_path / "init", tmp_path / "run"
+    shutil.copytree(pretrained, init)
+    assert tools.run(job, workdir, f"--config.init={init}", "--config.train.steps=4") == 0
+    shutil.rmtree(init)
+    assert tools.run(job, workdir, f"--config.init={init}", "--config.train.steps=6") == 0
+    assert tools.read_json(workdir / "results.json")["steps"] == 6
+
+
+def test_a_run_is_saved_before_it_is_reported(pretrained, tmp_path, tools, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(classification, "leave", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        tools.run("finetune", tmp_path, f"--config.init={pretrained}", "--config.train.steps=3")
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+@pytest.mark.parametrize("job", ["knn", "evaluate"])
+def test_a_named_data_set_that_the_source_does_not_read_is_refused(job, pretrained, tuned, tmp_path, tools, capsys):
+    init = f"--config.init={tuned if job == 'evaluate' else pretrained}"
+    code = main([job, f"--config=configs/{job}.py", init, f"--workdir={tmp_path}", "--config.data.name=mnist"])
+    tools.refused(capsys, code, 2, "config.data.name: 'mnist', which the source 'digits' does not read")
+
+
+def test_what_has_no_label_weighs_nothing():
+    batch = {"label": np.array([0, -1, 2]), "weight": np.array([1.0, 1.0, 0.0], np.float32)}
+    np.testing.assert_array_equal(classification.weight_of(batch), [1, 0, 0])
 
 
 @pytest.mark.parametrize("job", ["probe", "finetune", "knn", "evaluate", "reconstruct"])

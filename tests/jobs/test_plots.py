@@ -15,6 +15,11 @@ def test_confusion_matrices_of_any_number_of_classes_are_pictures(classes, tmp_p
     tools.check_picture(tmp_path / "confusion.png")
 
 
+def test_class_names_are_free_text(tmp_path, tools):
+    plots.confusion(tmp_path / "confusion.png", np.eye(2), ["$5_$10", "\\frac{"])
+    tools.check_picture(tmp_path / "confusion.png")
+
+
 def test_the_diagonal_is_dark_where_all_is_right(tmp_path):
     dark = {}
     for name, counts in {"right": np.eye(4), "wrong": np.eye(4)[::-1]}.items():

@@ -297,3 +297,4 @@ def test_serves_float32_on_one_device_alone(monkeypatch):
     assert not native.serves(x)  # there are 8
     monkeypatch.setattr(native.jax, "device_count", lambda: 1)
     assert native.serves(x) and not native.serves(x.astype(np.float16)) and not native.serves(x.astype(np.int32))
+    assert not native.serves(x, x.astype(np.float16))
