@@ -203,7 +203,8 @@ def image_files(paths: Sequence[Path], labels: np.ndarray | None = None, classes
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as file:  # half the time of Path.read_bytes
+            return file.read()
     except OSError:
         return b""
 
