@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ from mae_jax.model import classifier, masking, targets
 from mae_jax.model.patches import grid_of
 from mae_jax.model.vit import POSITIONS
 from mae_jax.training import optim
+from mae_jax.training.checkpoint import FOLDER
 from mae_jax.training.loop import total_steps
 
 NO_INIT = "config.init: empty; name the workdir of a training run, or one of its checkpoints"
@@ -317,6 +319,12 @@ def complete_for_trained(
         return config, models.load_config(config.init), problems
     except UserError as error:
         raise ConfigError([*problems, *error.problems]) if problems else error from None
+
+
+def refuse_training_run(workdir: Path) -> None:
+    """A ConfigError where a job that only looks at a model would overwrite the files of a training run."""
+    if (workdir / FOLDER).exists():
+        raise ConfigError(f"--workdir={workdir}: holds a training run, whose files would be overwritten; name another")
 
 
 def raise_if_no_data(problems: list[str]) -> None:

@@ -60,8 +60,7 @@ CORRUPTED = "imagenet2012_corrupted/"
 def run(config: ConfigDict, workdir: Path) -> None:
     """Evaluate as `config` says."""
     config, trained, sets = check(config)
-    if (workdir / checkpoint.FOLDER).exists():
-        raise ConfigError(f"--workdir={workdir}: holds a training run, whose files would be overwritten; name another")
+    checks.refuse_training_run(workdir)
     model, trained, variables = classification.load(config.init)
     make_workdir(workdir)
     forward = classification.logits_of(model, trained)

@@ -44,8 +44,7 @@ TEMPERATURE = 0.07  # of Wu et al. 2018
 def run(config: ConfigDict, workdir: Path) -> None:
     """Classify the held-out images as `config` says."""
     config, trained, data, held_out = check(config)
-    if (workdir / checkpoint.FOLDER).exists():
-        raise ConfigError(f"--workdir={workdir}: holds a training run, whose files would be overwritten; name another")
+    checks.refuse_training_run(workdir)
     encoder, params = models.load_encoder(config.init)
     make_workdir(workdir)
     mesh = make_mesh()

@@ -26,7 +26,6 @@ from mae_jax.errors import ConfigError
 from mae_jax.jobs import checks, models, panels
 from mae_jax.model import masking
 from mae_jax.model.patches import grid_of
-from mae_jax.training import checkpoint
 
 WRITES_WORKDIR = True
 VALUES = {"init": str, "images": str, "split": str, "count": int, "seed": int}
@@ -36,8 +35,7 @@ SCHEMA = {"mask": masking.sample}
 def run(config: ConfigDict, workdir: Path) -> None:
     """Draw reconstructions and write the losses, as `config` says."""
     config, trained, data = check(config)
-    if (workdir / checkpoint.FOLDER).exists():
-        raise ConfigError(f"--workdir={workdir}: holds a training run, whose files would be overwritten; name another")
+    checks.refuse_training_run(workdir)
     make_workdir(workdir)
     model, params = models.load(config.init)
     _, target = models.build(trained)

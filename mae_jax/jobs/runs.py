@@ -32,6 +32,7 @@ class Run:
       mesh: of devices.
       eval_key: what evaluation may draw from; the same at every look.
       writer: of metrics and pictures.
+      last_look: what the last evaluation of a classifier summed up.
     """
 
     def __init__(self, job: str, config: ConfigDict, workdir: Path, data: Dataset, fixed: Sequence[str]):
@@ -65,6 +66,7 @@ class Run:
         (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
         self.mesh = make_mesh(**config.mesh)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
+        self.last_look = {}
         self.writer = metrics.Writer(workdir, self.checkpoints.latest_step or 0)
 
     def train(
