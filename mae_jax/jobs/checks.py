@@ -15,8 +15,8 @@ from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import models
 from mae_jax.model import classifier, masking, targets
+from mae_jax.model.layers import POSITIONS
 from mae_jax.model.patches import grid_of
-from mae_jax.model.vit import POSITIONS
 from mae_jax.training import optim
 from mae_jax.training.checkpoint import FOLDER
 from mae_jax.training.loop import total_steps
@@ -116,10 +116,11 @@ def transformer_problems(group: str, part: ConfigDict, least: int) -> list[str]:
         problems.append(f"config.{group}.depth: {part.depth} is below {least}")
     if part.mlp_ratio * max(part.width, 1) < 1:
         problems.append(f"config.{group}.mlp_ratio: {part.mlp_ratio} times the width leaves no hidden unit")
-    if group == "encoder":
-        problems += unknown_names({"config.encoder.positions": (part.positions, POSITIONS)})
-        if not 0 <= part.drop_path < 1:
-            problems.append(f"config.encoder.drop_path: {part.drop_path} is not between 0 and 1")
+    if part.epsilon <= 0:
+        problems.append(f"config.{group}.epsilon: {part.epsilon} is not above 0")
+    problems += unknown_names({f"config.{group}.positions": (part.positions, POSITIONS)})
+    if group == "encoder" and not 0 <= part.drop_path < 1:
+        problems.append(f"config.encoder.drop_path: {part.drop_path} is not between 0 and 1")
     return problems
 
 

@@ -87,7 +87,7 @@ class Classifier(nn.Module):
         if self.norm not in NORMS:
             raise ValueError(f"norm is one of {', '.join(NORMS)}, not {self.norm!r}")
         if self.norm == "layer":
-            features = LayerNorm(name="norm")(features)
+            features = LayerNorm(epsilon=self.encoder.epsilon, name="norm")(features)
         if self.norm == "batch":
             features = BatchNorm(name="norm")(features, weight, update)
         # a normal distribution: timm's trunc_normal_ cuts it at +-2, hundreds of deviations away

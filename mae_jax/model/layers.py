@@ -6,11 +6,15 @@ always float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mae_jax.model import ops
+from mae_jax.model.patches import sincos_positions
 
 
 class Dense(nn.Module):
@@ -34,17 +38,40 @@ class Dense(nn.Module):
         return ops.linear(rows, kernel[:, columns], bias[columns]).reshape(*x.shape[:-1], -1)
 
 
+EPSILON = 1e-6  # of the variance in a LayerNorm, as in the original code; PyTorch's default is 1e-5
+
+
 class LayerNorm(nn.Module):
-    """Normalisation over the last axis, epsilon 1e-6, with scale and bias."""
+    """Normalisation over the last axis, with scale and bias."""
 
     dtype: str = "float32"
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return ops.layer_norm(rows, scale, bias).astype(self.dtype).reshape(x.shape)
+        return ops.layer_norm(rows, scale, bias, self.epsilon).astype(self.dtype).reshape(x.shape)
+
+
+# What tells a token where its patch sits: fixed sines and cosines, or a parameter that begins as these.
+POSITIONS = ("sincos", "learned")
+
+
+def position_table(module: nn.Module, kind: str, grid: Sequence[int], width: int) -> jax.Array:
+    """What `module` adds to the tokens of the patches of a `grid` = (rows, columns), and to cls before them.
+
+    Args:
+      kind: one of `POSITIONS`. "learned" is a parameter "positions" of the module, and ties it to this grid.
+
+    Returns:
+      f32[1,1+L,width]; the first row is that of cls, which is zero unless it is learned.
+    """
+    if kind not in POSITIONS:
+        raise ValueError(f"positions are one of {', '.join(POSITIONS)}, not {kind!r}")
+    fixed = jnp.asarray(np.pad(sincos_positions(grid, width), ((1, 0), (0, 0))))[None]
+    return module.param("positions", lambda key: fixed) if kind == "learned" else fixed
 
 
 class Attention(nn.Module):
@@ -87,21 +114,21 @@ class Block(nn.Module):
     Attributes:
       drop_path: stochastic depth (Huang et al. 2016, arXiv 1603.09382): how likely a sample leaves out the attention,
         and again the MLP, below 1. Only where `apply` is given an rng "drop_path".
+      epsilon: of the LayerNorms.
     """
 
     heads: int
     mlp_ratio: float = 4.0
     dtype: str = "float32"
     drop_path: float = 0.0
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
-        attended = Attention(self.heads, self.dtype, name="attention")(
-            LayerNorm(self.dtype, name="attention_norm")(x), first
-        )
-        x = x[:, first:] + self.drop(attended)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        return x + self.drop(MLP(hidden, self.dtype, name="mlp")(LayerNorm(self.dtype, name="mlp_norm")(x)))
+        normal = LayerNorm(self.dtype, self.epsilon, name="attention_norm")(x)
+        x = x[:, first:] + self.drop(Attention(self.heads, self.dtype, name="attention")(normal, first))
+        normal = LayerNorm(self.dtype, self.epsilon, name="mlp_norm")(x)
+        return x + self.drop(MLP(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(normal))
 
     def drop(self, branch: jax.Array) -> jax.Array:
         """Zero for the samples that leave [N,M,D] out; larger for the others, so that the expectation stays."""

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.model.layers import Block, Dense, LayerNorm
+from mae_jax.model.layers import EPSILON, Block, Dense, LayerNorm, position_table
 from mae_jax.model.masking import Mask, take
-from mae_jax.model.patches import grid_of, sincos_positions
+from mae_jax.model.patches import grid_of
 from mae_jax.model.vit import ViT
 
 
@@ -24,6 +24,7 @@ class Decoder(nn.Module):
       target_width: T, values to predict per patch.
       width, depth, heads, mlp_ratio: as in `ViT`; the paper's decoder is 512, 8, 16, 4. A depth of 0 is a linear
         head on the encoder.
+      positions, epsilon: as in `ViT`; the paper's are fixed.
       dtype: what to compute in.
     """
 
@@ -32,6 +33,8 @@ class Decoder(nn.Module):
     depth: int
     heads: int
     mlp_ratio: float = 4.0
+    positions: str = "sincos"
+    epsilon: float = EPSILON
     dtype: str = "float32"
 
     @nn.compact
@@ -44,14 +47,16 @@ class Decoder(nn.Module):
         """
         x = Dense(self.width, self.dtype, name="embedding")(latent)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(x.dtype)
-        positions = jnp.asarray(sincos_positions(grid, self.width)).astype(x.dtype)
-        cls, seen = x[:, :1], x[:, 1:] + positions[mask.visible]
+        table = position_table(self, self.positions, grid, self.width).astype(x.dtype)
+        positions = table[0, 1:]
+        cls, seen = x[:, :1] + table[:, :1], x[:, 1:] + positions[mask.visible]
         x = jnp.concatenate([cls, seen, mask_token + positions[mask.hidden]], axis=1)  # [N,1+L,width]
         first = 1 if every_patch else 1 + mask.visible.shape[1]
         for i in range(self.depth):
             last = i == self.depth - 1
-            x = Block(self.heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(x, first if last else 0)
-        x = LayerNorm(self.dtype, name="norm")(x if self.depth else x[:, first:])
+            block = Block(self.heads, self.mlp_ratio, self.dtype, epsilon=self.epsilon, name=f"block_{i}")
+            x = block(x, first if last else 0)
+        x = LayerNorm(self.dtype, self.epsilon, name="norm")(x if self.depth else x[:, first:])
         x = Dense(self.target_width, self.dtype, name="head")(x)
         return take(x, mask.restore) if every_patch else x
 

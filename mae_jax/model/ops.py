@@ -15,14 +15,12 @@ decides. Products of bfloat16 arrays accumulate in float32.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from mae_jax.model import native
-
-EPSILON = 1e-6  # of layer_norm, as in the original code; PyTorch's default is 1e-5
-
 
 EXACT = jax.lax.Precision.HIGHEST  # GPUs and TPUs otherwise round float32 factors to TF32 or bfloat16
 
@@ -115,10 +113,10 @@ def _mlp_backward(saved, g):
 mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
-@jax.custom_vjp
-def layer_norm(x, scale, bias):
-    """(x - mean) / sqrt(variance + 1e-6) * scale + bias over rows: f32[M,D], f32[D], f32[D] -> f32[M,D]."""
-    return _layer_norm(x, scale, bias, epsilon=EPSILON)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x, scale, bias, epsilon):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over rows: f32[M,D], f32[D], f32[D] -> f32[M,D]."""
+    return _layer_norm(x, scale, bias, epsilon=epsilon)[0]
 
 
 @native.or_plain
@@ -130,8 +128,8 @@ def _layer_norm(x, scale, bias, *, epsilon):
     return centred * inverse * scale[None] + bias[None], mean, inverse
 
 
-def _layer_norm_forward(x, scale, bias):
-    y, mean, inverse = _layer_norm(x, scale, bias, epsilon=EPSILON)
+def _layer_norm_forward(x, scale, bias, epsilon):
+    y, mean, inverse = _layer_norm(x, scale, bias, epsilon=epsilon)
     return y, (x, scale, mean, inverse)
 
 
@@ -143,7 +141,7 @@ def _layer_norm_gradient(x, scale, mean, inverse, g):
     return dx, _column_sum(g * normal), _column_sum(g)
 
 
-layer_norm.defvjp(_layer_norm_forward, lambda saved, g: _layer_norm_gradient(*saved, g))
+layer_norm.defvjp(_layer_norm_forward, lambda _, saved, g: _layer_norm_gradient(*saved, g))
 
 
 @jax.custom_vjp

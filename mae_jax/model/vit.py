@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.model.layers import Block, Dense, LayerNorm
+from mae_jax.model.layers import EPSILON, Block, Dense, LayerNorm, position_table
 from mae_jax.model.masking import take
-from mae_jax.model.patches import grid_of, patchify, sincos_positions
+from mae_jax.model.patches import grid_of, patchify
 
 # Width, depth and heads by name (Dosovitskiy et al. 2021, table 1; Ti and S from DeiT, arXiv 2012.12877).
 SIZES = {
@@ -18,8 +18,6 @@ SIZES = {
     "L": {"width": 1024, "depth": 24, "heads": 16},
     "H": {"width": 1280, "depth": 32, "heads": 16},
 }
-
-POSITIONS = ("sincos", "learned")
 
 
 def torch_bias(fan_in: int) -> nn.initializers.Initializer:
@@ -39,9 +37,10 @@ class ViT(nn.Module):
       depth: number of transformer blocks.
       heads: attention heads per block.
       mlp_ratio: hidden width of each block's MLP, in units of D.
-      positions: one of `POSITIONS`. "sincos" are fixed; "learned" are a parameter f32[1,1+L,D] that begins as these,
-        with zeros for the cls token, and ties the encoder to one size of images (`patches.resize_positions`).
+      positions: a kind of `layers.position_table`. "learned" ones tie the encoder to one size of images
+        (`patches.resize_positions`).
       drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first, as in timm.
+      epsilon: of the LayerNorms; what some of Hugging Face's models have is 1e-12.
       final_norm: without it, tokens are those of the last block: fine-tuning has a norm of its own.
       dtype: what to compute in, "float32" or "bfloat16"; parameters are float32.
     """
@@ -54,6 +53,7 @@ class ViT(nn.Module):
     positions: str = "sincos"
     drop_path: float = 0.0
     final_norm: bool = True
+    epsilon: float = EPSILON
     dtype: str = "float32"
 
     @nn.compact
@@ -64,15 +64,10 @@ class ViT(nn.Module):
           dtype[N,1+K,D]: the cls token, then the tokens of the visible patches in the order of `visible`;
           of all L patches, row by row, when `visible` is None.
         """
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions are one of {', '.join(POSITIONS)}, not {self.positions!r}")
         x = patchify(images, self.patch_size)  # [N,L,P*P*C]
-        positions = jnp.asarray(sincos_positions(grid_of(images.shape[1:3], self.patch_size), self.width))[None]
-        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))  # its position is zero
-        if self.positions == "learned":
-            fixed = jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))  # [1,1+L,D]
-            learned = self.param("positions", lambda key: fixed)
-            cls, positions = cls + learned[:, :1], learned[:, 1:]
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        table = position_table(self, self.positions, grid_of(images.shape[1:3], self.patch_size), self.width)
+        cls, positions = cls + table[:, :1], table[:, 1:]
         if visible is not None:  # cut before embedding: hidden pixels are never read
             x = take(x, visible)  # [N,K,P*P*C]
             positions = positions[0, visible]  # [N,K,D]
@@ -81,5 +76,5 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1)
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)
-            x = Block(self.heads, self.mlp_ratio, self.dtype, rate, name=f"block_{i}")(x)
-        return LayerNorm(self.dtype, name="norm")(x) if self.final_norm else x
+            x = Block(self.heads, self.mlp_ratio, self.dtype, rate, self.epsilon, name=f"block_{i}")(x)
+        return LayerNorm(self.dtype, self.epsilon, name="norm")(x) if self.final_norm else x

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from mae_jax.model import native, ops
+from mae_jax.model import layers, native
 
 SIZES = (1, 5, 12, 13, 31, 33, 50, 257, 300, 1024)  # around the sizes of vectors, tiles and panels, and beyond them
 
@@ -76,7 +76,7 @@ def attention_gradient(q, kv, out, logsum, g):
 
 def layer_norm(x, scale, bias):
     mean = x.mean(1, keepdims=True)
-    inverse = 1 / np.sqrt(x.var(1, keepdims=True) + ops.EPSILON)
+    inverse = 1 / np.sqrt(x.var(1, keepdims=True) + layers.EPSILON)
     return (x - mean) * inverse * scale + bias, mean, inverse
 
 
@@ -95,7 +95,7 @@ def native_and_exact(*calls):
 
     def run(arguments):
         for (f, *_), args, results in zip(calls, arguments, exact, strict=True):
-            attributes = {"epsilon": ops.EPSILON} if f is layer_norm else {}
+            attributes = {"epsilon": layers.EPSILON} if f is layer_norm else {}
             yield native.call(f.__name__, [x.shape for x in results], *args, **attributes)
 
     ours = jax.jit(lambda arguments: list(run(arguments)))([args for _, *args in calls])  # one program for all
