@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 DEVIATION = 0.5  # of the magnitude, from one operation to the next
 PROBABILITY = 0.5  # with which an operation that was drawn is carried out
+FILL = {1: (117,), 3: (124, 116, 104)}  # what comes in from outside, by channels: the mean of ImageNet
 
 
 def _posterize(image, level, sign, fill):
@@ -59,7 +60,7 @@ OPERATIONS = {
 }
 
 
-def rand_augment(image: np.ndarray, seed: np.ndarray, *, layers: int, magnitude: float, fill: int = 128) -> np.ndarray:
+def rand_augment(image: np.ndarray, seed: np.ndarray, *, layers: int, magnitude: float) -> np.ndarray:
     """The image after `layers` operations, drawn with replacement, of which each is left out as often as not.
 
     Args:
@@ -67,7 +68,6 @@ def rand_augment(image: np.ndarray, seed: np.ndarray, *, layers: int, magnitude:
       seed: i64[2], which alone decides.
       layers: how many operations.
       magnitude: how strong they are, from 0 to 10: the mean of a normal distribution, cut off at both ends.
-      fill: grey level of what comes in from outside.
 
     Returns:
       uint8[H,W,C].
@@ -82,5 +82,5 @@ def rand_augment(image: np.ndarray, seed: np.ndarray, *, layers: int, magnitude:
         level = np.clip(rng.normal(magnitude, DEVIATION), 0, 10) / 10
         if carried_out < PROBABILITY:
             operation = operations[int(chosen * len(operations))]
-            picture = operation(picture, level, -1 if negative < 0.5 else 1, (fill,) * channels)
+            picture = operation(picture, level, -1 if negative < 0.5 else 1, FILL[channels])
     return np.asarray(picture).reshape(image.shape)

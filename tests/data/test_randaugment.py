@@ -130,7 +130,7 @@ def test_the_seed_alone_decides_and_both_of_its_numbers_do(mode):
     before = image.copy()
 
     def draw(*seed):
-        return rand_augment(image, np.array(seed, np.int64), **SETTINGS, fill=90).tobytes()
+        return rand_augment(image, np.array(seed, np.int64), **SETTINGS).tobytes()
 
     first = [draw(3, i) for i in range(30)]
     np.random.default_rng().random(5)
@@ -142,6 +142,15 @@ def test_the_seed_alone_decides_and_both_of_its_numbers_do(mode):
         [draw(i, 3) for i in range(30)],
     ):
         assert sum(a != b for a, b in zip(first, other, strict=True)) > 15
+
+
+@pytest.mark.parametrize("fill", [(117,), (124, 116, 104)], ids=["L", "RGB"])
+def test_what_comes_in_from_outside_has_the_mean_of_imagenet(fill, monkeypatch):
+    monkeypatch.setattr(module, "OPERATIONS", {"translate_x": OPERATIONS["translate_x"]})
+    monkeypatch.setattr(module, "PROBABILITY", 1.0)
+    black = np.zeros((24, 40, len(fill)), np.uint8)
+    out = rand_augment(black, np.array([0, 1]), layers=1, magnitude=10.0)
+    assert fill in {tuple(x) for x in out.reshape(-1, len(fill)).tolist()}
 
 
 def test_operations_are_drawn_alike_half_carried_out_and_of_magnitudes_spread_about_the_mean(monkeypatch):
