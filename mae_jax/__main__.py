@@ -1,7 +1,11 @@
-"""The command line: `mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]`."""
+"""The command line: `mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]`.
+
+Jobs that have no config, import and export, have flags of their own.
+"""
 
 from __future__ import annotations
 
+import keyword
 import logging
 import os
 import sys
@@ -42,30 +46,33 @@ def _run(argv: list[str]) -> int:
     name, *arguments = argv
     if name not in JOBS:
         raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{nearest(name, JOBS)}")
-    job = import_module(f"mae_jax.jobs.{name}")
+    job = import_module(f"mae_jax.jobs.{name}" + "_" * keyword.iskeyword(name))
+    usage = USAGE.replace("JOB", name)
+    own = getattr(job, "FLAGS", None)
+    if own:
+        usage = f"usage: mae-jax {name} " + " ".join(f"--{flag}=..." for flag in job.REQUIRED)
     if "-h" in arguments or "--help" in arguments:
-        print(USAGE.replace("JOB", name), "", job.__doc__.strip(), sep="\n")
+        print(usage, "", job.__doc__.strip(), sep="\n")
+        return 0
+    required = job.REQUIRED if own else ["config"] + ["workdir"] * job.WRITES_WORKDIR
+    flags, rest = _flags(arguments, own or ("config", "workdir"), required, usage)
+    if own:
+        if rest:
+            raise ConfigError(
+                [f"{flag}: no such flag{nearest(flag.partition('=')[0], [f'--{f}' for f in own])}" for flag in rest]
+            )
+        from mae_jax.model import native
+
+        native.return_freed_memory()
+        job.run(flags)
         return 0
 
     from mae_jax import config
 
-    flags = {"--config": None, "--workdir": None}
-    overrides = []
-    for argument in arguments:
-        flag, separator, value = argument.partition("=")
-        if flag in flags and separator and value:
-            flags[flag] = value
-        elif flag in flags:
-            raise ConfigError(f"{flag} has no value; write {flag}=...")
-        else:
-            overrides.append(argument)
-    for flag in ["--config"] + ["--workdir"] * job.WRITES_WORKDIR:
-        if not flags[flag]:
-            raise ConfigError(f"{flag} is missing; {USAGE.replace('JOB', name)}")
-    workdir = Path(os.path.expanduser(flags["--workdir"] or "."))
+    workdir = Path(os.path.expanduser(flags.get("workdir", ".")))
     if str(workdir).startswith("~"):
         raise ConfigError(f"--workdir={workdir}: no such user")
-    settings, problems = config.load(flags["--config"], overrides)
+    settings, problems = config.load(flags["config"], rest)
     if problems:
         try:
             job.check(settings)
@@ -78,6 +85,29 @@ def _run(argv: list[str]) -> int:
     native.keep_freed_memory()
     job.run(settings, workdir)
     return 0
+
+
+def _flags(
+    arguments: Sequence[str], known: Sequence[str], required: Sequence[str], usage: str
+) -> tuple[dict[str, str], list[str]]:
+    """The values of the `known` flags that are given, by name without dashes, and all other arguments.
+
+    Raises:
+      ConfigError: one has no value, or one that is required is missing.
+    """
+    flags, rest = {}, []
+    for argument in arguments:
+        flag, separator, value = argument.partition("=")
+        if flag.removeprefix("--") not in known or not flag.startswith("--"):
+            rest.append(argument)
+        elif separator and value:
+            flags[flag.removeprefix("--")] = value
+        else:
+            raise ConfigError(f"{flag} has no value; write {flag}=...")
+    for flag in required:
+        if flag not in flags:
+            raise ConfigError(f"--{flag} is missing; {usage}")
+    return flags, rest
 
 
 def _keep_what_is_compiled() -> None:

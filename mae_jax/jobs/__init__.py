@@ -1,11 +1,13 @@
 """The only code that reads a config. A command is a file here with `run(config, workdir)` and a docstring as its help.
 
+Commands that have no config, import and export, have `FLAGS` and `run(flags)`.
+
 Beside the commands: `runs`, what all training has in common; `classification`, what jobs with a classifier have;
 `checks`, what can be wrong with a config; `models`, from a config or a path to a model; `features`, of images;
-`panels`, pictures of reconstructions; `plots`, curves and confusion matrices.
+`foreign`, models made elsewhere; `panels`, pictures of reconstructions; `plots`, curves and confusion matrices.
 """
 
-# name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it
+# name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it (or NAME_, where Python has the word)
 JOBS = {
     "prepare": "download or read a TFDS data set and store it for random access",
     "pretrain": "train a masked autoencoder",
@@ -14,4 +16,6 @@ JOBS = {
     "knn": "classify by nearest neighbours among an encoder's features",
     "evaluate": "evaluate a probed or fine-tuned model on any split or data set",
     "reconstruct": "picture what a trained autoencoder makes of images, at any mask ratio",
+    "import": "read a model of Hugging Face's, of the original code or of timm",
+    "export": "write a model for Hugging Face, timm and others, or to run without this project",
 }

@@ -98,7 +98,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     }
     if errors:
         results["mce"] = mean_corruption_error(errors)
-        print(f"mCE {results['mce']:.2%} of {len(errors)} corrupted sets")
+        part = "" if len(errors) == 5 * len(ALEXNET) else f", of which published numbers take {5 * len(ALEXNET)}"
+        print(f"mCE {results['mce']:.2%} of {len(errors)} corrupted sets{part}")
     write_json(workdir / "results.json", results)
     print(f"mean top-1 {results['top1']:.2%} of {len(sets)} data sets\nresults     {workdir}/results.json")
 

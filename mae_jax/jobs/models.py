@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError
+from mae_jax.jobs import foreign
 from mae_jax.model import masking, targets
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.patches import grid_of, resize_positions, sincos_positions
@@ -44,7 +45,9 @@ def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
 
 
 def load_config(path: str | Path) -> ConfigDict:
-    """The config of the run whose workdir or checkpoint is at `path`."""
+    """The config of the run whose workdir or checkpoint is at `path`, or what is known of a model made elsewhere."""
+    if foreign.is_foreign(path):
+        return ConfigDict(foreign.read(path)[0])
     return ConfigDict(checkpoint.load_config(path))
 
 
@@ -59,25 +62,30 @@ def load(path: str | Path) -> tuple[MAE, dict]:
     """
     config = load_config(path)
     if "decoder" not in config:
-        raise CheckpointError(f"{path}: holds a classifier; name a workdir of pretrain, or one of its checkpoints")
+        raise CheckpointError(f"{path}: holds no decoder; name a workdir of pretrain, or one of its checkpoints")
     config.dtype = "float32"
     model, _ = build(config)
     abstract = jax.eval_shape(lambda: init(model, config, jax.random.key(0)))
     return model, checkpoint.load(path, {"params": abstract})["params"]
 
 
-def load_encoder(path: str | Path) -> tuple[ViT, dict]:
+def load_encoder(path: str | Path, **unsaid) -> tuple[ViT, dict]:
     """The encoder of any trained model: `encoder.apply({"params": params}, images)` gives f32[N,1+L,D].
 
     Images are f32[N,H,W,C], normalised as in training: `normalize(images, **load_config(path).pixels)`. Of a model
     with moving averages of its parameters, those are what is loaded.
 
     Args:
-      path: a workdir of any training job, whose newest checkpoint is read, or one checkpoint in it.
+      path: a workdir of any training job, whose newest checkpoint is read, or one checkpoint in it; or a folder of
+        Hugging Face's, or a file of tensors, as `mae-jax import` reads them.
+      unsaid: what a file of tensors does not say, as in `foreign.read`.
 
     Raises:
       CheckpointError: there is none, or it does not fit its config.
     """
+    if foreign.is_foreign(path):
+        config, params, _ = foreign.read(path, **unsaid)
+        return ViT(**config["encoder"]), jax.tree.map(jnp.asarray, params["encoder"])
     config = load_config(path)
     encoder = ViT(**config.encoder)
     abstract = {"encoder": encoder_shapes(encoder, config)}

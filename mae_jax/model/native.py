@@ -31,7 +31,7 @@ FUNCTIONS = (
     "layer_norm",
     "layer_norm_gradient",
 )
-M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8  # <malloc.h>
+M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -3, -4, -1, -8  # <malloc.h>
 
 _wanted = True
 
@@ -92,12 +92,21 @@ def or_plain(plain: Callable) -> Callable:
 def keep_freed_memory() -> None:
     """Keep what a step frees for the next: glibc gives large blocks back, and the kernel clears them anew every time.
 
-    To be called before JAX starts its threads. Elsewhere than with glibc nothing happens.
+    To be called before JAX starts its threads.
     """
+    _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1})
+
+
+def return_freed_memory() -> None:
+    """Give large blocks back as soon as they are freed: for what must not need more memory than it has to."""
+    _mallopt({M_MMAP_THRESHOLD: 2**20})
+
+
+def _mallopt(options: dict[int, int]) -> None:
+    """Set options of glibc's malloc; elsewhere nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for option, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}.items():
-            mallopt(option, value)
+    for option, value in options.items() if mallopt else ():
+        mallopt(option, value)
 
 
 @functools.cache

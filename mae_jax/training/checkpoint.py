@@ -15,8 +15,10 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from mae_jax.errors import CheckpointError
 
@@ -24,8 +26,8 @@ FOLDER = "checkpoints"
 CONFIG = "config.json"
 
 
-def _manager(folder: Path, **options) -> ocp.CheckpointManager:
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler(CONFIG)}
+def _manager(folder: Path, state: ocp.PyTreeCheckpointHandler, **options) -> ocp.CheckpointManager:
+    handlers = {"state": state, "config": ocp.JsonCheckpointHandler(CONFIG)}
     return ocp.CheckpointManager(
         folder.absolute(), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
     )
@@ -48,6 +50,7 @@ class Checkpoints:
         kept = [policy.LatestN(keep)] + ([policy.EveryNSteps(keep_every)] if keep_every else [])
         self._orbax = _manager(
             workdir / FOLDER,
+            ocp.PyTreeCheckpointHandler(),
             preservation_policy=policy.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
@@ -79,6 +82,32 @@ class Checkpoints:
         """Wait until what was saved is on disk."""
         self._orbax.wait_until_finished()
         self._orbax.close()
+
+
+def write(workdir: Path, config: dict, params: dict) -> None:
+    """Write parameters that were not trained here, a tree of arrays, and a config as checkpoint 0 of a workdir.
+
+    Few are written at a time, so that memory holds little more than them.
+    """
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=0.05)
+    with contextlib.closing(_manager(workdir / FOLDER, handler, enable_async_checkpointing=False)) as manager:
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), config=ocp.args.JsonSave(config))
+        manager.save(0, args=args)
+
+
+def read(path: str | Path, trees: tuple[str, ...]) -> dict[str, dict]:
+    """Some of the trees of a checkpoint, such as "params" and "ema", as NumPy arrays by name, "encoder/cls_token".
+
+    Raises:
+      CheckpointError: there is no checkpoint.
+    """
+    folder = epath.Path(locate(path).absolute() / "state")
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        stored = {key: tree for key, tree in handler.metadata(folder).tree.items() if key in trees and tree}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        args = ocp.args.PyTreeRestore(item=stored, restore_args=as_numpy, partial_restore=True)
+        state = handler.restore(folder, args=args)
+    return {key: flatten_dict(state.get(key, {}), sep="/") for key in trees}
 
 
 def locate(path: str | Path) -> Path:

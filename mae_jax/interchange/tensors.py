@@ -1,0 +1,153 @@
+"""Files of named tensors: safetensors, with NumPy alone, and PyTorch's own, with PyTorch but without running them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401, what NumPy has for bfloat16
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mae_jax.errors import CheckpointError, ConfigError
+
+PYTORCH = (".pth", ".pt", ".bin")
+WRAPPERS = ("model", "state_dict")  # what a file of PyTorch's may hold its tensors in
+
+
+class Tensor(NamedTuple):
+    """One that stays in its file until it is read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, or of the several files that an index.json lists.
+
+    Raises:
+      CheckpointError: it is missing, damaged or something else.
+      ConfigError: it needs PyTorch, which is not installed.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.name.endswith(".index.json"):
+        parts = sorted({*read_json(path).get("weight_map", {}).values()})
+        return {name: tensor for part in parts for name, tensor in tensors_in(path.parent / part).items()}
+    if path.suffix == ".safetensors":
+        return _of_safetensors(path)
+    if path.suffix in PYTORCH:
+        return _of_pytorch(path)
+    raise CheckpointError(f"{path}: is neither .safetensors nor one of {', '.join(PYTORCH)}")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no object")
+    return value
+
+
+def _of_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); get it again") from error
+
+    def read(name: str) -> np.ndarray:
+        with safetensors.safe_open(path, "np") as file:  # anew, as what was read stays in memory while it is open
+            return file.get_tensor(name)
+
+    return {name: Tensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
+
+
+def _of_pytorch(path: Path) -> dict[str, Tensor]:
+    torch = _torch(f"{path}: is read")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings, in files of the original code
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # of a dozen types, for as many kinds of damage
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            what = f"holds more than tensors: it would run {code[1]}; not loaded"
+        else:
+            what = f"not a whole file of PyTorch's ({str(error).splitlines()[0][:200] or type(error).__name__})"
+        raise CheckpointError(f"{path}: {what}") from error
+    for wrapper in WRAPPERS:
+        if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
+            held = held[wrapper]
+    if not isinstance(held, dict) or not held or not all(isinstance(x, torch.Tensor) for x in held.values()):
+        raise CheckpointError(f"{path}: holds no tensors by name, nor {' or '.join(WRAPPERS)} with such in it")
+
+    def read(x):
+        return (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
+
+    return {name: Tensor(tuple(x.shape), functools.partial(read, x)) for name, x in held.items()}
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _torch(what: str):
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError(f'{what} by PyTorch, which is not installed: pip install "mae_jax[torch]"') from error
+    return torch
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as transformers and timm do."""
+    safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
+def write_pytorch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as the original code does, in {"model": ...}.
+
+    Raises:
+      ConfigError: PyTorch is not installed.
+    """
+    torch = _torch(f"{path.name}: is written")
+    torch.save({"model": {name: torch.from_numpy(value) for name, value in tensors.items()}}, path)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder, which becomes `path` when all is well and is deleted when not.
+
+    Raises:
+      ConfigError: there is something already, but for an empty folder, or it cannot be written there.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"{path}: is there already; name another, or delete it")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.rename(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,210 @@
+"""Write a trained model for other worlds, or as a file that runs without this project.
+
+    mae-jax export --checkpoint=PATH --format=FORMAT --out=PATH [--part=encoder]
+
+Reads a workdir of any training job or of import, or one of its checkpoints. Of a model with moving averages of its
+parameters, those are what is written. The formats:
+
+    huggingface   a folder for transformers: config.json, model.safetensors, preprocessor_config.json, a model card.
+                  ViTMAEForPreTraining, ViTModel (load it with add_pooling_layer=False), ViTForImageClassification, or
+                  for a fine-tuned classifier, which takes the mean of the patches, BeitForImageClassification
+    original      a .pth file with the names of the original code
+    timm          a .safetensors file with the same names, for timm's VisionTransformer; no decoder
+    npz           the parameters by the names they have here, such as encoder/block_0/mlp/in/kernel
+    stablehlo     a file for jax.export.deserialize, on CPU, GPU and TPU, for any number of images
+    onnx          for onnxruntime and others (pip install "mae_jax[onnx]")
+    savedmodel    a folder for TensorFlow
+
+The last three compute what the model does: f32[N,H,W,C], normalised as in training, to the tokens f32[N,1+L,D] of the
+encoder, or a classifier's logits. --part=encoder leaves out the decoder or the classifier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mae_jax.config import write_json
+from mae_jax.data.pipeline import Dataset
+from mae_jax.errors import CheckpointError, ConfigError, nearest
+from mae_jax.interchange import huggingface, names, portable, tensors
+from mae_jax.jobs import classification, foreign, models
+from mae_jax.model.classifier import EPSILON
+from mae_jax.model.layers import EPSILON as ORIGINAL_EPSILON
+from mae_jax.model.mae import Decoder
+from mae_jax.model.patches import grid_of
+from mae_jax.model.vit import ViT
+from mae_jax.training import checkpoint
+
+REQUIRED = ("checkpoint", "format", "out")
+FLAGS = (*REQUIRED, "part")
+PORTABLE = {"stablehlo": portable.stablehlo, "onnx": portable.onnx, "savedmodel": portable.savedmodel}
+FORMATS = ("huggingface", "original", "timm", "npz", *PORTABLE)
+PARTS = ("all", "encoder")
+SAID = ("train", "mask", "target", "optim", "mixup", "head")  # groups of a config that a model card repeats
+
+
+def run(flags: Mapping[str, str]) -> None:
+    """Export as `flags` say."""
+    path, kind, part, out = flags["checkpoint"], flags["format"], flags.get("part", "all"), Path(flags["out"])
+    check(kind, part)
+    out = out.expanduser()
+    config = complete(checkpoint.load_config(path))
+    with tensors.whole(out) as unfinished:
+        if kind in PORTABLE:
+            forward = forward_of(path, config, part)
+            PORTABLE[kind](forward, (*config["data"]["image_size"], config["data"]["channels"]), unfinished)
+        else:
+            leaves = parameters(path, config, part, fold=kind != "npz")
+            WRITERS[kind](path, config, leaves, part, unfinished)
+    print(f"exported    {kind} of {checkpoint.locate(path)}\nwritten     {out}")
+
+
+def check(kind: str, part: str) -> None:
+    """Raise a ConfigError with all that is wrong with the flags."""
+    problems = [
+        f"--{flag}={word}: no such {flag}; use one of {', '.join(choices)}{nearest(word, choices)}"
+        for flag, word, choices in (("format", kind, FORMATS), ("part", part, PARTS))
+        if word not in choices
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def complete(config: dict) -> dict:
+    """A checkpoint's config with what it leaves out of the encoder and the decoder: the defaults."""
+    for group, module in {"encoder": ViT, "decoder": Decoder}.items():
+        if group in config:
+            defaults = {f.name: f.default for f in dataclasses.fields(module) if f.default is not dataclasses.MISSING}
+            config[group] = defaults | config[group]
+    return config
+
+
+def forward_of(path: str, config: Mapping, part: str) -> Callable[[jax.Array], jax.Array]:
+    """What a portable file is to compute: f32[N,H,W,C], normalised, to f32[N,1+L,D] or logits f32[N,C]."""
+    if "head" in config and part == "all":
+        model, _, variables = classification.load(path)
+        return lambda images: model.apply(variables, images)
+    encoder, params = models.load_encoder(path)
+    return lambda images: encoder.apply({"params": params}, images)
+
+
+def parameters(path: str, config: Mapping, part: str, fold: bool) -> dict[str, np.ndarray]:
+    """The parameters by name; with `fold`, as other worlds have them: positions are among them, BatchNorm is not.
+
+    BatchNorm without scale and bias becomes a part of the linear layer behind it.
+    """
+    trees = checkpoint.read(path, ("params", "ema", "stats"))
+    leaves = {**trees["params"], **trees["ema"]}
+    if part == "encoder":
+        leaves = {leaf: value for leaf, value in leaves.items() if leaf.startswith(("encoder/", "pooler/"))}
+    elif not fold:
+        leaves |= trees["stats"]
+    elif trees["stats"]:
+        mean, var = (trees["stats"][f"batch_stats/norm/{key}"] for key in ("mean", "var"))
+        scaled = leaves["head/kernel"] / np.sqrt(var + np.float32(EPSILON))[:, None]
+        leaves |= {"head/kernel": scaled, "head/bias": leaves["head/bias"] - mean @ scaled}
+    grid = grid_of(config["data"]["image_size"], config["encoder"]["patch_size"])
+    for group in ("encoder", "decoder") if fold else ():
+        if group in config and any(leaf.startswith(f"{group}/") for leaf in leaves):
+            leaves.setdefault(f"{group}/positions", foreign.fixed_positions(grid, config[group]["width"]))
+    return leaves
+
+
+def drop(leaves: dict[str, np.ndarray], prefix: str) -> None:
+    """Leave out what other worlds have no place for."""
+    for leaf in [leaf for leaf in leaves if leaf.startswith(prefix)]:
+        del leaves[leaf]
+
+
+def renamed(leaves: dict[str, np.ndarray], table: Mapping, patch_size: int) -> dict[str, np.ndarray]:
+    """The tensors that hold these parameters in another world. Empties `leaves`, so that memory holds them once."""
+    found = {}
+    for leaf in list(leaves):
+        held = names.tensors_of(leaf, table)
+        parts = names.to_theirs(leaf, leaves.pop(leaf), len(held), patch_size)
+        for name, value in zip(held, parts, strict=True):
+            if not names.is_absent(name, table):
+                found[name] = np.ascontiguousarray(value)
+    return found
+
+
+def write_huggingface(path: str, config: Mapping, leaves: dict, part: str, folder: Path) -> None:
+    """A folder that transformers reads."""
+    architecture = huggingface.architecture_of(config, part)
+    table = huggingface.ARCHITECTURES[architecture][1]
+    folder.mkdir()
+    tensors.write_safetensors(folder / "model.safetensors", renamed(leaves, table, config["encoder"]["patch_size"]))
+    write_json(folder / "config.json", huggingface.settings_of(config, architecture))
+    write_json(folder / "preprocessor_config.json", huggingface.preprocessor_of(config))
+    (folder / "README.md").write_text(huggingface.card(config, architecture, results_of(path, config)))
+
+
+def write_original(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
+    """A file that the original code reads."""
+    if part == "all" and config.get("head", {}).get("pool") == "mean" and "norm/scale" not in leaves:
+        raise CheckpointError(
+            f"{path}: the original code has no classifier that takes the mean without a norm behind it; use timm"
+        )
+    drop(leaves, "pooler/")
+    tensors.write_pytorch(file, renamed(leaves, names.ORIGINAL, config["encoder"]["patch_size"]))
+    say_epsilon(config)
+
+
+def write_timm(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
+    """A file that timm reads, and a line that says into which model."""
+    drop(leaves, "decoder/")
+    drop(leaves, "pooler/")
+    encoder, head = config["encoder"], config.get("head") if part == "all" else None
+    size = config["data"]["image_size"]
+    options = {
+        "img_size": tuple(size),
+        "patch_size": encoder["patch_size"],
+        "in_chans": config["data"]["channels"],
+        "embed_dim": encoder["width"],
+        "depth": encoder["depth"],
+        "num_heads": encoder["heads"],
+        "mlp_ratio": encoder["mlp_ratio"],
+        "num_classes": len(config["classes"]) if head else 0,
+        "global_pool": {"mean": "avg", "cls": "token"}[head["pool"]] if head else "token",
+        "fc_norm": "norm/scale" in leaves,
+    }
+    tensors.write_safetensors(file, renamed(leaves, names.ORIGINAL, encoder["patch_size"]))
+    say_epsilon(config)
+    print(f"for         VisionTransformer({', '.join(f'{key}={value!r}' for key, value in options.items())})")
+
+
+def say_epsilon(config: Mapping) -> None:
+    """Print which epsilon the LayerNorms need, where it is not the one that is in the code of these worlds."""
+    epsilon = config["encoder"]["epsilon"]
+    if epsilon != ORIGINAL_EPSILON:
+        print(f"note        its LayerNorms have epsilon {epsilon:g}, not {ORIGINAL_EPSILON:g}, which no file says")
+
+
+def write_npz(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
+    """A file that NumPy reads."""
+    portable.npz(leaves, file)
+
+
+WRITERS = {"huggingface": write_huggingface, "original": write_original, "timm": write_timm, "npz": write_npz}
+
+
+def results_of(path: str, config: Mapping) -> list[tuple[str, str]]:
+    """What the run that wrote a checkpoint says of itself, a name and a value each, for a model card."""
+    workdir, step = checkpoint.locate(path).parent.parent, int(checkpoint.locate(path).name)
+    said = [(group, ", ".join(f"{k} {v}" for k, v in config[group].items())) for group in SAID if group in config]
+    if "imported" in config:
+        return [*said, ("weights", f"imported from {Path(config['imported']['from']).name}")]
+    said.append(("data", " ".join(str(v) for v in classification.description(Dataset(**config["data"])).values())))
+    said.append(("training", f"{step} steps of {config['data']['batch_size']} images"))
+    for name in ("summary.json", "results.json"):
+        file = workdir / name
+        found = tensors.read_json(file) if file.is_file() else {}
+        if found.get("steps") == step:
+            numbers = found.get("metrics", found)
+            said += [(key, f"{x:.4g}") for key, x in numbers.items() if key.startswith(("eval/", "top"))]
+    return said
