@@ -32,12 +32,16 @@ setup(
         "importlib_resources>=6",  # tensorflow-datasets needs it to prepare, without declaring it
         "array_record>=0.8; platform_system != 'Windows'",  # the random-access format of prepared data sets
         "scikit-learn>=1.5",  # the digits
+        "safetensors>=0.6",  # the files of Hugging Face and timm
+        "ml_dtypes>=0.5",  # their bfloat16
         "pillow>=11",  # pictures; the operations of RandAugment
         "matplotlib>=3.10",  # curves and confusion matrices
         "numpy>=2",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15"],  # xdist: tests on two cores
+        "torch": ["torch==2.13.0"],  # import and export of .pth files
+        "onnx": ["jax2onnx==0.13.0", "onnxruntime>=1.24"],  # export; later jax2onnx refuse our Orbax; and to run it
         "parity": ["torch==2.13.0", "transformers>=5.23,<6"],  # the references that tests compare with
         "gpu": ["jax[cuda13]>=0.10,<0.11"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 from mae_jax import compiled
 from mae_jax.errors import ConfigError, UserError, nearest
@@ -69,9 +68,7 @@ def _run(argv: list[str]) -> int:
 
     from mae_jax import config
 
-    workdir = Path(os.path.expanduser(flags.get("workdir", ".")))
-    if str(workdir).startswith("~"):
-        raise ConfigError(f"--workdir={workdir}: no such user")
+    workdir = config.path_of("workdir", flags.get("workdir", "."))
     settings, problems = config.load(flags["config"], rest)
     if problems:
         try:

@@ -101,6 +101,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def path_of(flag: str, text: str) -> Path:
+    """The path that a flag names; "~" is the user's home.
+
+    Raises:
+      ConfigError: there is no such user.
+    """
+    path = Path(os.path.expanduser(text))
+    if str(path).startswith("~"):
+        raise ConfigError(f"--{flag}={text}: no such user")
+    return path
+
+
 def write_json(path: Path, value) -> None:
     """Write a JSON file whole or not at all, so that a crash leaves no half of one."""
     unfinished = path.with_suffix(".tmp")

@@ -27,6 +27,7 @@ DEFAULTS = {
     **{"decoder_hidden_size": 512, "decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16},
     **{"decoder_intermediate_size": 2048, "mask_ratio": 0.75, "norm_pix_loss": False},
 }
+COUNTS = ("_size", "_layers", "_heads", "_channels")  # how the names of whole numbers end
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5,), "std": (0.5,)}  # what ViTImageProcessor does when nothing is said
 BICUBIC = 3  # PIL.Image.Resampling
@@ -50,6 +51,13 @@ def describe(settings: Mapping, where: str) -> tuple[dict, dict[str, str | tuple
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{where}: architecture {architecture}; what can be read is {', '.join(ARCHITECTURES)}")
     given = {**DEFAULTS, **settings}
+    wrong = [
+        f"{where}: {key} is {given[key]!r}, not a number above 0"
+        for key in DEFAULTS
+        if key.endswith(COUNTS) and not _counts(given[key])
+    ]
+    if wrong:
+        raise CheckpointError(wrong)
     patch = given["patch_size"]
     if given["hidden_act"] != "gelu":
         raise CheckpointError(f"{where}: hidden_act {given['hidden_act']!r}; only gelu can be read")
@@ -87,6 +95,12 @@ def describe(settings: Mapping, where: str) -> tuple[dict, dict[str, str | tuple
         config["head"] = {"pool": "mean", "norm": "layer"}
         config["encoder"]["final_norm"] = False
     return config, ARCHITECTURES[architecture][1]
+
+
+def _counts(value) -> bool:
+    """Whether this is a whole number above 0, or two."""
+    values = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    return all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -201,8 +215,14 @@ def preprocessor_of(config: Mapping) -> dict:
 
 def pixels_of(preprocessor: Mapping | None, channels: int, model_type: str) -> tuple[dict, bool]:
     """The `pixels` group, {"mean", "std"}, and whether it is what a preprocessor_config.json says or an assumption."""
-    if preprocessor and len(preprocessor.get("image_mean", ())) == channels:
-        return {"mean": tuple(preprocessor["image_mean"]), "std": tuple(preprocessor["image_std"])}, True
+    said = preprocessor or {}
+    mean, std = said.get("image_mean") or (), said.get("image_std") or ()
+    if said.get("do_normalize") is False:
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    if len(mean) == len(std) == channels:
+        factor = 255 * said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 255
+        factor = 1.0 if abs(factor - 1) < 1e-9 else factor  # (x * rescale - mean) / std is (x / 255 - mean') / std'
+        return {"mean": tuple(x / factor for x in mean), "std": tuple(x / factor for x in std)}, True
     assumed = IMAGENET if model_type == "vit_mae" else {key: value * 3 for key, value in HALF.items()}
     return assumed if channels == 3 else {key: value * channels for key, value in HALF.items()}, False
 

@@ -21,6 +21,7 @@ import safetensors.numpy
 from mae_jax.errors import CheckpointError, ConfigError
 
 PYTORCH = (".pth", ".pt", ".bin")
+FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
 WRAPPERS = ("model", "state_dict")  # what a file of PyTorch's may hold its tensors in
 
 
@@ -38,10 +39,13 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
       CheckpointError: it is missing, damaged or something else.
       ConfigError: it needs PyTorch, which is not installed.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
     if path.name.endswith(".index.json"):
-        parts = sorted({*read_json(path).get("weight_map", {}).values()})
+        listed = read_json(path).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(part, str) for part in listed.values()):
+            raise CheckpointError(f"{path}: has no weight_map from tensors to files")
+        parts = sorted({*listed.values()})
         return {name: tensor for part in parts for name, tensor in tensors_in(path.parent / part).items()}
     if path.suffix == ".safetensors":
         return _of_safetensors(path)
@@ -68,11 +72,15 @@ def read_json(path: Path) -> dict:
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, "np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); get it again") from error
 
     def read(name: str) -> np.ndarray:
+        if kinds[name] not in FLOATS:
+            raise CheckpointError(f"{path}: {name} is of type {kinds[name]}; only {', '.join(FLOATS)} can be read")
         with safetensors.safe_open(path, "np") as file:  # anew, as what was read stays in memory while it is open
             return file.get_tensor(name)
 
@@ -89,12 +97,14 @@ def _of_pytorch(path: Path) -> dict[str, Tensor]:
         if code:
             what = f"holds more than tensors: it would run {code[1]}; not loaded"
         else:
-            what = f"not a whole file of PyTorch's ({str(error).splitlines()[0][:200] or type(error).__name__})"
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            what = f"not a whole file of PyTorch's ({reason})"
         raise CheckpointError(f"{path}: {what}") from error
     for wrapper in WRAPPERS:
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
             held = held[wrapper]
-    if not isinstance(held, dict) or not held or not all(isinstance(x, torch.Tensor) for x in held.values()):
+    named = isinstance(held, dict) and all(isinstance(key, str) for key in held)
+    if not named or not held or not all(isinstance(x, torch.Tensor) for x in held.values()):
         raise CheckpointError(f"{path}: holds no tensors by name, nor {' or '.join(WRAPPERS)} with such in it")
 
     def read(x):
@@ -138,16 +148,23 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
       ConfigError: there is something already, but for an empty folder, or it cannot be written there.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ConfigError(f"{path}: is there already; name another, or delete it")
+    path = Path(os.path.abspath(path))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    missing = [parent for parent in path.parents if not os.path.exists(parent)]  # the nearest first
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path == Path.cwd():
+            raise ConfigError(f"{path}: is the current folder, which cannot be replaced; name another")
+        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"{path}: is there already; name another, or delete it")
+        unfinished.mkdir(parents=True)  # to see whether it can be
+        unfinished.rmdir()
         yield unfinished
         unfinished.rename(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        for parent in missing:
+            with contextlib.suppress(OSError):  # as they are not empty when all went well
+                parent.rmdir()

@@ -13,9 +13,8 @@ parameters, those are what is written. The formats:
     npz           the parameters by the names they have here, such as encoder/block_0/mlp/in/kernel
     stablehlo     a file for jax.export.deserialize, on CPU, GPU and TPU, for any number of images
     onnx          for onnxruntime and others (pip install "mae_jax[onnx]")
-    savedmodel    a folder for TensorFlow
 
-The last three compute what the model does: f32[N,H,W,C], normalised as in training, to the tokens f32[N,1+L,D] of the
+The last two compute what the model does: f32[N,H,W,C], normalised as in training, to the tokens f32[N,1+L,D] of the
 encoder, or a classifier's logits. --part=encoder leaves out the decoder or the classifier.
 """
 
@@ -28,7 +27,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax.config import write_json
+from mae_jax.config import path_of, write_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, nearest
 from mae_jax.interchange import huggingface, names, portable, tensors
@@ -42,7 +41,7 @@ from mae_jax.training import checkpoint
 
 REQUIRED = ("checkpoint", "format", "out")
 FLAGS = (*REQUIRED, "part")
-PORTABLE = {"stablehlo": portable.stablehlo, "onnx": portable.onnx, "savedmodel": portable.savedmodel}
+PORTABLE = {"stablehlo": portable.stablehlo, "onnx": portable.onnx}
 FORMATS = ("huggingface", "original", "timm", "npz", *PORTABLE)
 PARTS = ("all", "encoder")
 SAID = ("train", "mask", "target", "optim", "mixup", "head")  # groups of a config that a model card repeats
@@ -50,9 +49,9 @@ SAID = ("train", "mask", "target", "optim", "mixup", "head")  # groups of a conf
 
 def run(flags: Mapping[str, str]) -> None:
     """Export as `flags` say."""
-    path, kind, part, out = flags["checkpoint"], flags["format"], flags.get("part", "all"), Path(flags["out"])
+    path, kind, part = flags["checkpoint"], flags["format"], flags.get("part", "all")
+    out = path_of("out", flags["out"])
     check(kind, part)
-    out = out.expanduser()
     config = complete(checkpoint.load_config(path))
     with tensors.whole(out) as unfinished:
         if kind in PORTABLE:
@@ -88,9 +87,10 @@ def forward_of(path: str, config: Mapping, part: str) -> Callable[[jax.Array], j
     """What a portable file is to compute: f32[N,H,W,C], normalised, to f32[N,1+L,D] or logits f32[N,C]."""
     if "head" in config and part == "all":
         model, _, variables = classification.load(path)
-        return lambda images: model.apply(variables, images)
-    encoder, params = models.load_encoder(path)
-    return lambda images: encoder.apply({"params": params}, images)
+    else:
+        model, params = models.load_encoder(path)
+        variables = {"params": params}
+    return lambda images: model.apply(variables, images)
 
 
 def parameters(path: str, config: Mapping, part: str, fold: bool) -> dict[str, np.ndarray]:
@@ -146,17 +146,32 @@ def write_huggingface(path: str, config: Mapping, leaves: dict, part: str, folde
 
 def write_original(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
     """A file that the original code reads."""
-    if part == "all" and config.get("head", {}).get("pool") == "mean" and "norm/scale" not in leaves:
-        raise CheckpointError(
-            f"{path}: the original code has no classifier that takes the mean without a norm behind it; use timm"
-        )
+    check_norms(path, config, leaves, [("mean", True), ("cls", False)])
     drop(leaves, "pooler/")
     tensors.write_pytorch(file, renamed(leaves, names.ORIGINAL, config["encoder"]["patch_size"]))
     say_epsilon(config)
 
 
+def check_norms(path: str, config: Mapping, leaves: Mapping, known: list[tuple[str, bool]]) -> None:
+    """Raise a CheckpointError where the names of the original code would say another function than this.
+
+    Args:
+      known: poolings of a classifier, and whether a norm comes after it, in place of the encoder's own.
+    """
+    inside, after = "encoder/norm/scale" in leaves, "norm/scale" in leaves
+    if "head/kernel" not in leaves:
+        if not inside:
+            raise CheckpointError(f"{path}: its encoder has no final norm; export all of it, or as npz or stablehlo")
+    elif inside == after or (config["head"]["pool"], after) not in known:
+        raise CheckpointError(
+            f"{path}: no classifier there has pool {config['head']['pool']}, {'a' if after else 'no'} norm after it "
+            f"and {'a' if inside else 'no'} final norm of the encoder; export as npz or stablehlo"
+        )
+
+
 def write_timm(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
     """A file that timm reads, and a line that says into which model."""
+    check_norms(path, config, leaves, [("mean", True), ("cls", False), ("mean", False)])
     drop(leaves, "decoder/")
     drop(leaves, "pooler/")
     encoder, head = config["encoder"], config.get("head") if part == "all" else None

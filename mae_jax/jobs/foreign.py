@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,8 +26,8 @@ SUFFIXES = (".safetensors", *tensors.PYTORCH)
 
 def is_foreign(path: str | Path) -> bool:
     """Whether `path` is a file of tensors or a folder with one, and no workdir or checkpoint."""
-    path = Path(path).expanduser()
-    return path.suffix in SUFFIXES or any((path / name).is_file() for name in FILES)
+    path = Path(os.path.expanduser(path))
+    return path.suffix in SUFFIXES or any(os.path.isfile(path / name) for name in FILES)
 
 
 def read(
@@ -49,8 +50,7 @@ def read(
     Raises:
       UserError: with everything that is missing, unused or of another shape.
     """
-    path = Path(path).expanduser()
-    file = _file_in(path)
+    file = _file_in(Path(os.path.expanduser(path)))
     beside = file.parent / "config.json"
     settings = tensors.read_json(beside) if beside.is_file() else {}
     given = {names.as_in_files(name): tensor for name, tensor in tensors.tensors_in(file).items()}
@@ -64,6 +64,9 @@ def read(
         if "head" in config and "fc_norm.weight" not in shapes and not pool:
             assumed.append("the classifier takes the cls token, not the mean of the patches")
     elif settings:
+        for flag, value in {"heads": heads, "image_size": image_size, "target": target}.items():
+            if value:
+                raise ConfigError(f"--{flag}: {beside} says that; leave it out")
         config, table = huggingface.describe(settings, str(beside))
         preprocessor = file.parent / "preprocessor_config.json"
         said = tensors.read_json(preprocessor) if preprocessor.is_file() else None
@@ -86,9 +89,9 @@ def read(
 
 def _file_in(path: Path) -> Path:
     """The file of tensors that `path` means: itself, or the one in a folder."""
-    if path.suffix in SUFFIXES or path.is_file():
+    if path.suffix in SUFFIXES or os.path.isfile(path):
         return path
-    found = [path / name for name in FILES if (path / name).is_file()]
+    found = [path / name for name in FILES if os.path.isfile(path / name)]
     if not found:
         raise CheckpointError(f"{path}: no {', '.join(FILES)} here, and no file of {', '.join(SUFFIXES)}")
     return found[0]

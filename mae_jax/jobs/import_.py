@@ -29,12 +29,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from etils import epy
 from flax.traverse_util import flatten_dict
 
-from mae_jax.config import write_json
+from mae_jax.config import path_of, write_json
 from mae_jax.errors import ConfigError, nearest
 from mae_jax.interchange.tensors import whole
 from mae_jax.jobs import foreign
@@ -51,7 +50,7 @@ FLAGS = (*REQUIRED, "heads", "image_size", "target", "classes", "resize", "posit
 def run(flags: Mapping[str, str]) -> None:
     """Import as `flags` say."""
     given = check(flags)
-    workdir = Path(flags["workdir"]).expanduser()
+    workdir = path_of("workdir", flags["workdir"])
     config, params, notes = foreign.read(
         flags["from"], given["heads"], given["image_size"], given["target"], class_names(given["classes"])
     )
@@ -90,6 +89,10 @@ def check(flags: Mapping[str, str]) -> dict:
             raise ValueError
         return tuple(map(int, text.split(",")))
 
+    def one_number(text: str) -> int:
+        (number,) = numbers(text)
+        return number
+
     def size(text: str) -> tuple[int, ...]:
         return (numbers(text) * 2)[:2]
 
@@ -106,7 +109,7 @@ def check(flags: Mapping[str, str]) -> dict:
         "heads": parse("heads", numbers, (), "a number above 0, or two"),
         "image_size": parse("image_size", size, (), "HEIGHT,WIDTH"),
         "resize": parse("resize", size, (), "HEIGHT,WIDTH"),
-        "channels": parse("channels", lambda text: numbers(text)[0], 0, "a number above 0"),
+        "channels": parse("channels", one_number, 0, "a number above 0"),
         "target": parse("target", one_of(*TARGETS), "", f"one of {', '.join(TARGETS)}"),
         "positions": parse("positions", one_of(*kinds), "", f"one of {', '.join(kinds)}"),
         "adapt": parse("adapt", one_of(*ways), "", f"one of {', '.join(ways)}"),

@@ -73,7 +73,7 @@ class ViT(nn.Module):
             positions = positions[0, visible]  # [N,K,D]
         x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
         x = x + positions.astype(x.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1)
+        x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width)), x], axis=1)
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)
             x = Block(self.heads, self.mlp_ratio, self.dtype, rate, self.epsilon, name=f"block_{i}")(x)

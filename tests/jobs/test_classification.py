@@ -149,9 +149,9 @@ def test_no_init_is_one_line(job, tmp_path, tools, capsys):
 def test_a_classifier_cannot_be_reconstructed(run, tmp_path, tools, request, capsys):
     init = request.getfixturevalue(run)
     code = tools.run("reconstruct", tmp_path / "out", f"--config.init={init}", recipe="")
-    (line,) = tools.refused(capsys, code, 2, f"config.init: {init} holds a classifier; name a run of pretrain")
+    (line,) = tools.refused(capsys, code, 2, f"config.init: {init} holds no decoder; name a run of pretrain")
     assert not (tmp_path / "out").exists(), line
-    with pytest.raises(CheckpointError, match="holds a classifier"):
+    with pytest.raises(CheckpointError, match="holds no decoder"):
         mae_jax.load(init)
 
 

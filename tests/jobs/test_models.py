@@ -108,7 +108,7 @@ def test_what_is_missing_unused_or_misshapen_in_an_encoder_is_listed(autoencoder
 def test_a_classifier_is_no_autoencoder_nor_the_other_way_round(classifier, autoencoder, tmp_path):
     for name, (config, shapes) in {"classifier": classifier, "autoencoder": autoencoder}.items():
         saved(tmp_path / name, config, params=drawn(shapes, 0), stats={}, ema={})
-    with pytest.raises(CheckpointError, match="holds a classifier; name a workdir of pretrain"):
+    with pytest.raises(CheckpointError, match="holds no decoder; name a workdir of pretrain"):
         mae_jax.load(tmp_path / "classifier")
     with pytest.raises(CheckpointError, match=r"holds no classifier .* name a workdir of probe or finetune"):
         classification.load(tmp_path / "autoencoder")
