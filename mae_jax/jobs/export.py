@@ -2,8 +2,8 @@
 
     mae-jax export --checkpoint=PATH --format=FORMAT --out=PATH [--part=encoder]
 
-Reads a workdir of any training job or of import, or one of its checkpoints. Of a model with moving averages of its
-parameters, those are what is written. The formats:
+Reads a workdir of any training job or of import, or one of its checkpoints. Writes the file or folder --out; of a model
+with moving averages of its parameters, those. The formats:
 
     huggingface   a folder for transformers: config.json, model.safetensors, preprocessor_config.json, a model card.
                   ViTMAEForPreTraining, ViTModel (load it with add_pooling_layer=False), ViTForImageClassification, or
