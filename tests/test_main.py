@@ -171,6 +171,13 @@ MISTAKES = {
     "mesh of 0": (f"{DIGITS} --config.mesh.data=0", ["config.mesh.data", "0", "8 device"]),
     "mesh of 9": (f"{DIGITS} --config.mesh.data=9", ["config.mesh.data", "9", "8 device"]),
     "negative mesh": (f"{DIGITS} --config.mesh.data=-2", ["config.mesh.data", "-2", "8 device"]),
+    "mesh of which nothing fits": (
+        f"{DIGITS} --config.mesh.data=-2 --config.mesh.fsdp=0",
+        ["config.mesh", "product 8"],
+    ),
+    "mesh that leaves a rest": (f"{DIGITS} --config.mesh.fsdp=3", ["config.mesh", "fsdp 1, 2, 4, 8", "8 device"]),
+    "mesh of two open axes": (f"{DIGITS} --config.mesh.tensor=-1", ["config.mesh", "data 1, 2, 4, 8", "tensor 1, 2"]),
+    "mesh of too many": (f"{DIGITS} --config.mesh.data=4 --config.mesh.fsdp=4", ["data 1, 2 or fsdp 1, 2", "8 device"]),
     "mesh versus batch": (
         f"{DIGITS} --config.mesh.data=3 --config.data.batch_size=16",
         ["config.data.batch_size", "16", "3 device"],
