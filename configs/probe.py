@@ -44,6 +44,7 @@ def imagenet() -> ConfigDict:
     config.seed = 0
     config.dtype = "float32"
     config.init = ""
+    config.accumulate = 1  # parts of a batch that are computed one after the other
     config.data = {
         "source": "tfds",
         "name": "imagenet2012",

@@ -16,7 +16,7 @@ from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import models
 from mae_jax.model import classifier, masking, targets
-from mae_jax.model.layers import POSITIONS
+from mae_jax.model.layers import POSITIONS, REMAT
 from mae_jax.model.patches import grid_of
 from mae_jax.training import optim
 from mae_jax.training.checkpoint import FOLDER
@@ -120,7 +120,12 @@ def transformer_problems(group: str, part: ConfigDict, least: int) -> list[str]:
         problems.append(f"config.{group}.mlp_ratio: {part.mlp_ratio} times the width leaves no hidden unit")
     if part.epsilon <= 0:
         problems.append(f"config.{group}.epsilon: {part.epsilon} is not above 0")
-    problems += unknown_names({f"config.{group}.positions": (part.positions, POSITIONS)})
+    problems += unknown_names(
+        {
+            f"config.{group}.positions": (part.positions, POSITIONS),
+            f"config.{group}.remat": (part.remat, REMAT),
+        }
+    )
     if group == "encoder" and not 0 <= part.drop_path < 1:
         problems.append(f"config.encoder.drop_path: {part.drop_path} is not between 0 and 1")
     return problems
@@ -169,7 +174,12 @@ def run_problems(config: ConfigDict) -> list[str]:
                     f"for each of config.data.channels {channels}"
                 )
     wrong = mesh_problems(**config.mesh)
-    problems += wrong or batch_problems(data.batch_size, math.prod(mesh_shape(jax.device_count(), **config.mesh)[:2]))
+    problems += wrong
+    if config.accumulate < 1:
+        problems.append(f"config.accumulate: {config.accumulate} is below 1")
+    elif not wrong:
+        shares = math.prod(mesh_shape(jax.device_count(), **config.mesh)[:2])
+        problems += batch_problems(data.batch_size, shares, config.accumulate)
     hosts = jax.process_count()
     if data.repeats < 1 or data.batch_size % (max(data.repeats, 1) * hosts):
         problems.append(f"config.data.repeats: {data.repeats}, times {hosts} host(s), does not divide the batch size")
@@ -305,11 +315,12 @@ def reading_problems(data: Dataset, given: dict) -> list[str]:
     return problems + batch_problems(data.batch_size, jax.device_count())
 
 
-def batch_problems(size: int, devices: int) -> list[str]:
-    """What is wrong with a batch of so many images that is split over so many devices: a line, or none."""
-    if size >= 1 and size % devices == 0:
+def batch_problems(size: int, devices: int, parts: int = 1) -> list[str]:
+    """What is wrong with a batch of so many images, split over so many devices and into parts: a line, or none."""
+    if size >= 1 and size % (devices * parts) == 0:
         return []
-    return [f"config.data.batch_size: {size} is not a multiple of the {devices} device(s), above 0"]
+    times = f", times the {parts} parts of config.accumulate" * (parts > 1)
+    return [f"config.data.batch_size: {size} is not a multiple of the {devices} device(s){times}, above 0"]
 
 
 def untold(problems: list[str], more: list[str]) -> list[str]:

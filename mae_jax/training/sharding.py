@@ -111,6 +111,22 @@ def batch_shares(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def microbatches(batch, count: int, mesh: Mesh):
+    """A batch in `count` parts: arrays [N,...] as [count,N/count,...], of which every device keeps what it has.
+
+    A part takes some of each device's rows, not the first N/count: those would have to be sent around.
+    """
+    shares = batch_shares(mesh)
+
+    def cut(x):
+        parts = x.reshape(shares, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(
+            parts.reshape(count, -1, *x.shape[1:]), NamedSharding(mesh, P(None, BATCH_AXES))
+        )
+
+    return jax.tree.map(cut, batch)
+
+
 def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     """The row of `RULES` for an array, less the axes of the mesh that do not divide its own, or are 1.
 
