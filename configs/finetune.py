@@ -74,12 +74,12 @@ def imagenet() -> ConfigDict:
     config.pixels = IMAGENET
     config.erasing = {"probability": 0.25}
     config.mixup = {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "label_smoothing": 0.1}
-    config.encoder = {
+    config.encoder = {  # the rest of it is as in config.init
         "positions": "learned",
         "drop_path": 0.1,
         "final_norm": False,
         "remat": "none",
-    }  # rest: config.init
+    }
     config.head = {"pool": "mean", "norm": "layer", "head_std": 2e-5}
     config.optim = {
         "name": "adamw",

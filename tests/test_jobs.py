@@ -367,6 +367,18 @@ def test_bfloat16_and_float32_agree_on_the_digits_recipe(tmp_path):
 
 
 @pytest.mark.slow
+def test_bfloat16_trains_the_digits_recipe_to_the_held_out_loss_of_float32(tmp_path):
+    less = ("--config.monitor.every=0", "--config.pictures.every=0", "--config.eval.every=0")
+    for dtype in ("float32", "bfloat16"):
+        arguments = ("--config=configs/pretrain.py:digits", f"--workdir={tmp_path / dtype}", f"--config.dtype={dtype}")
+        process = as_process(tmp_path / f"{dtype}.txt", *arguments, *less)
+        assert process.wait() == 0, (tmp_path / f"{dtype}.txt").read_text()
+    exact, rounded = (series(tmp_path / dtype, "eval/loss") for dtype in ("float32", "bfloat16"))
+    (step,) = exact
+    assert rounded[step] == pytest.approx(exact[step], rel=0.02)
+
+
+@pytest.mark.slow
 def test_the_quickstart_beats_the_baseline_as_promised(tmp_path):
     log = tmp_path / "log.txt"
     process = as_process(log, "--config=configs/pretrain.py:digits", f"--workdir={tmp_path / 'run'}")
