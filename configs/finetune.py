@@ -49,6 +49,7 @@ def imagenet() -> ConfigDict:
     config.init = ""
     config.trainable = "all"
     config.ema = 0.0
+    config.accumulate = 1  # parts of a batch that are computed one after the other
     config.data = {
         "source": "tfds",
         "name": "imagenet2012",
@@ -73,7 +74,12 @@ def imagenet() -> ConfigDict:
     config.pixels = IMAGENET
     config.erasing = {"probability": 0.25}
     config.mixup = {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "label_smoothing": 0.1}
-    config.encoder = {"positions": "learned", "drop_path": 0.1, "final_norm": False}  # the rest as in config.init
+    config.encoder = {  # the rest of it is as in config.init
+        "positions": "learned",
+        "drop_path": 0.1,
+        "final_norm": False,
+        "remat": "none",
+    }
     config.head = {"pool": "mean", "norm": "layer", "head_std": 2e-5}
     config.optim = {
         "name": "adamw",
@@ -89,7 +95,7 @@ def imagenet() -> ConfigDict:
     config.log = {"every": 100}
     config.eval = {"every": 6255, "images": placeholder(int)}  # 1251 steps an epoch
     config.checkpoint = {"every": 1251, "keep": 1, "keep_every": 0}
-    config.mesh = {"data": -1}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config
 
 

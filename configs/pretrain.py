@@ -41,6 +41,7 @@ def paper() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.dtype = "float32"  # of the computation; "bfloat16" on TPU and GPU. Parameters are float32
+    config.accumulate = 1  # parts of a batch that are computed one after the other
     config.data = {
         "source": "tfds",
         "name": "imagenet2012",
@@ -62,8 +63,9 @@ def paper() -> ConfigDict:
     config.pixels = IMAGENET
     config.mask = {"name": "random", "ratio": 0.75}
     config.target = {"name": "normalized_pixels"}
-    config.encoder = {"patch_size": 16, "mlp_ratio": 4.0, **SIZES["B"]}
-    config.decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0}
+    # remat "dots" or "full" needs less memory, and computes what it does not keep a second time
+    config.encoder = {"patch_size": 16, "mlp_ratio": 4.0, **SIZES["B"], "remat": "none"}
+    config.decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none"}
     config.optim = {
         "name": "adamw",
         "base_learning_rate": 1.5e-4,  # times batch_size / 256
@@ -78,7 +80,7 @@ def paper() -> ConfigDict:
     config.monitor = {"every": 31_200, "bank": 50_000, "queries": 10_000, "k": 20, "pool": "mean"}
     config.pictures = {"every": 3120, "count": 8}
     config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200}  # 312 steps an epoch
-    config.mesh = {"data": -1}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config
 
 

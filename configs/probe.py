@@ -44,6 +44,7 @@ def imagenet() -> ConfigDict:
     config.seed = 0
     config.dtype = "float32"
     config.init = ""
+    config.accumulate = 1  # parts of a batch that are computed one after the other
     config.data = {
         "source": "tfds",
         "name": "imagenet2012",
@@ -78,7 +79,7 @@ def imagenet() -> ConfigDict:
     config.log = {"every": 20}
     config.eval = {"every": 780, "images": placeholder(int)}
     config.checkpoint = {"every": 780, "keep": 1, "keep_every": 0}
-    config.mesh = {"data": -1}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config
 
 

@@ -311,15 +311,13 @@ def test_losses_on_1_and_8_devices_agree(trained, tmp_path):
 
 def test_masks_are_the_same_on_1_and_8_devices_and_differ_between_samples_and_steps(trained):
     config = mae_jax.load_config(trained)
-    model, target = models.build(config)
-    params = mae_jax.load(trained)[1]
+    model, _ = models.build(config)
 
     def masks(devices, step):
         mesh = make_mesh(data=devices)
         batch = {"image": jax.device_put(np.zeros((8, 8, 8, 1), np.uint8), batch_sharding(mesh))}
-        placed = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        f = jax.jit(lambda p, b, key: pretrain.hidden_patches(model, target, config, p, b, key)[2])
-        return jax.device_get(f(placed, batch, jax.random.fold_in(jax.random.key(1), step)))
+        draw = jax.jit(pretrain.make_draw(model, config))
+        return jax.device_get(draw(batch, jax.random.fold_in(jax.random.key(1), step))["mask"])
 
     one, eight, later = masks(1, 3), masks(8, 3), masks(8, 4)
     np.testing.assert_array_equal(one.visible, eight.visible)
@@ -366,6 +364,19 @@ def test_bfloat16_and_float32_agree_on_the_digits_recipe(tmp_path):
         arguments = ("--config.train.steps=50", "--config.log.every=1", f"--config.dtype={dtype}")
         assert pretraining(tmp_path / dtype, *arguments, config="--config=configs/pretrain.py:digits") == 0
     assert_bfloat16_agrees(tmp_path / "bfloat16", tmp_path / "float32")
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_the_digits_recipe_to_the_held_out_loss_of_float32(tmp_path):
+    less = ("--config.monitor.every=0", "--config.pictures.every=0", "--config.eval.every=0")
+    for dtype in ("float32", "bfloat16"):
+        arguments = ("--config=configs/pretrain.py:digits", f"--workdir={tmp_path / dtype}", f"--config.dtype={dtype}")
+        process = as_process(tmp_path / f"{dtype}.txt", *arguments, *less)
+        assert process.wait() == 0, (tmp_path / f"{dtype}.txt").read_text()
+    exact, rounded = (series(tmp_path / dtype, "eval/loss") for dtype in ("float32", "bfloat16"))
+    (step,) = exact
+    # not both ways: float32 has ended at 0.318 and at 0.326 with the losses summed in another order, bfloat16 at 0.318
+    assert rounded[step] <= 1.02 * exact[step]
 
 
 @pytest.mark.slow

@@ -171,6 +171,22 @@ MISTAKES = {
     "mesh of 0": (f"{DIGITS} --config.mesh.data=0", ["config.mesh.data", "0", "8 device"]),
     "mesh of 9": (f"{DIGITS} --config.mesh.data=9", ["config.mesh.data", "9", "8 device"]),
     "negative mesh": (f"{DIGITS} --config.mesh.data=-2", ["config.mesh.data", "-2", "8 device"]),
+    "mesh of which nothing fits": (
+        f"{DIGITS} --config.mesh.data=-2 --config.mesh.fsdp=0",
+        ["config.mesh", "product 8"],
+    ),
+    "mesh that leaves a rest": (f"{DIGITS} --config.mesh.fsdp=3", ["config.mesh", "fsdp 1, 2, 4, 8", "8 device"]),
+    "mesh of two open axes": (f"{DIGITS} --config.mesh.tensor=-1", ["config.mesh", "data 1, 2, 4, 8", "tensor 1, 2"]),
+    "mesh of too many": (f"{DIGITS} --config.mesh.data=4 --config.mesh.fsdp=4", ["data 1, 2 or fsdp 1, 2", "8 device"]),
+    "unknown rematerialisation": (
+        f"{DIGITS} --config.decoder.remat=dot",
+        ["config.decoder.remat", "did you mean dots?"],
+    ),
+    "no parts": (f"{DIGITS} --config.accumulate=0", ["config.accumulate", "0 is below 1"]),
+    "parts versus batch": (
+        f"{DIGITS} --config.accumulate=3",
+        ["config.data.batch_size", "128", "8 device", "3 parts of config.accumulate"],
+    ),
     "mesh versus batch": (
         f"{DIGITS} --config.mesh.data=3 --config.data.batch_size=16",
         ["config.data.batch_size", "16", "3 device"],
@@ -549,7 +565,7 @@ def test_every_key_with_a_default_may_be_left_out(tmp_path, past_the_checks):
     path = tmp_path / "own.py"
     change = """
     required = {"source", "batch_size", "image_size", "patch_size", "width", "depth", "heads", "every", "steps"}
-    for group in sorted({*config} - {"seed", "dtype", "pixels", "target", "train"}):
+    for group in sorted({*config} - {"seed", "dtype", "accumulate", "pixels", "target", "train"}):
         for key in list(config[group]):
             if key not in required:
                 del config[group][key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import models
 from mae_jax.model import classifier, masking, targets
-from mae_jax.model.layers import POSITIONS
+from mae_jax.model.layers import POSITIONS, REMAT
 from mae_jax.model.patches import grid_of
 from mae_jax.training import optim
 from mae_jax.training.checkpoint import FOLDER
 from mae_jax.training.loop import total_steps
+from mae_jax.training.sharding import AXES, mesh_shape, slice_count
 
 NO_INIT = "config.init: empty; name the workdir of a training run, or one of its checkpoints"
 
@@ -118,7 +120,12 @@ def transformer_problems(group: str, part: ConfigDict, least: int) -> list[str]:
         problems.append(f"config.{group}.mlp_ratio: {part.mlp_ratio} times the width leaves no hidden unit")
     if part.epsilon <= 0:
         problems.append(f"config.{group}.epsilon: {part.epsilon} is not above 0")
-    problems += unknown_names({f"config.{group}.positions": (part.positions, POSITIONS)})
+    problems += unknown_names(
+        {
+            f"config.{group}.positions": (part.positions, POSITIONS),
+            f"config.{group}.remat": (part.remat, REMAT),
+        }
+    )
     if group == "encoder" and not 0 <= part.drop_path < 1:
         problems.append(f"config.encoder.drop_path: {part.drop_path} is not between 0 and 1")
     return problems
@@ -166,14 +173,13 @@ def run_problems(config: ConfigDict) -> list[str]:
                     f"config.pixels.{key}: {tuple(config.pixels[key])} is not one number{' above 0' * (key == 'std')} "
                     f"for each of config.data.channels {channels}"
                 )
-    devices = jax.device_count()
-    used = devices if config.mesh.data == -1 else config.mesh.data
-    if not 1 <= used <= devices:
-        problems.append(
-            f"config.mesh.data: {used} is not between 1 and the {devices} device(s) there are, nor -1 for all"
-        )
-    else:
-        problems += batch_problems(data.batch_size, used)
+    wrong = mesh_problems(**config.mesh)
+    problems += wrong
+    if config.accumulate < 1:
+        problems.append(f"config.accumulate: {config.accumulate} is below 1")
+    elif not wrong:
+        shares = math.prod(mesh_shape(jax.device_count(), **config.mesh)[:2])
+        problems += batch_problems(data.batch_size, shares, config.accumulate)
     hosts = jax.process_count()
     if data.repeats < 1 or data.batch_size % (max(data.repeats, 1) * hosts):
         problems.append(f"config.data.repeats: {data.repeats}, times {hosts} host(s), does not divide the batch size")
@@ -198,6 +204,32 @@ def run_problems(config: ConfigDict) -> list[str]:
     elif data.randaugment and channels not in (1, 3):
         problems.append(f"config.data.randaugment: is for images of 1 or 3 channels, not {channels}; set it to 0")
     return problems + count_problems(config)
+
+
+def mesh_problems(**sizes: int) -> list[str]:
+    """What is wrong with config.mesh for the devices there are: a line that says what would be right, or none."""
+    devices, slices = jax.device_count(), slice_count(jax.devices())
+
+    def fits(**changed) -> bool:
+        try:
+            mesh_shape(devices, slices, **(sizes | changed))
+        except ValueError:
+            return False
+        return True
+
+    if fits():
+        return []
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    there = f"{devices} device(s) there are" + f", in {slices} slices, over which data is split" * (slices > 1)
+    possible = {axis: [n for n in divisors if fits(**{axis: n})] for axis in AXES}
+    possible = {axis: found for axis, found in possible.items() if found}
+    told = " or ".join(f"{axis} {', '.join(map(str, found))}" for axis, found in possible.items())
+    if len(possible) == 1:
+        (axis,) = possible
+        return [f"config.mesh.{axis}: {sizes[axis]} does not fit the {there}; possible with the rest: {told}"]
+    given = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+    told = f"possible is {told}" if told else f"give sizes of product {devices}, or -1 for one of them"
+    return [f"config.mesh: {given} do not fit the {there}; {told}"]
 
 
 def count_problems(config: ConfigDict) -> list[str]:
@@ -283,11 +315,12 @@ def reading_problems(data: Dataset, given: dict) -> list[str]:
     return problems + batch_problems(data.batch_size, jax.device_count())
 
 
-def batch_problems(size: int, devices: int) -> list[str]:
-    """What is wrong with a batch of so many images over so many devices: a line, or none."""
-    if size >= 1 and size % devices == 0:
+def batch_problems(size: int, devices: int, parts: int = 1) -> list[str]:
+    """What is wrong with a batch of so many images, split over so many devices and into parts: a line, or none."""
+    if size >= 1 and size % (devices * parts) == 0:
         return []
-    return [f"config.data.batch_size: {size} is not a multiple of the {devices} device(s), above 0"]
+    times = f", times the {parts} parts of config.accumulate" * (parts > 1)
+    return [f"config.data.batch_size: {size} is not a multiple of the {devices} device(s){times}, above 0"]
 
 
 def untold(problems: list[str], more: list[str]) -> list[str]:

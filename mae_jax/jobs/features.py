@@ -15,7 +15,7 @@ from mae_jax.errors import DataError
 from mae_jax.model.classifier import POOLS
 from mae_jax.model.patches import normalize
 from mae_jax.model.vit import ViT
-from mae_jax.training.sharding import batch_sharding
+from mae_jax.training.sharding import batch_sharding, state_sharding
 
 
 def make_extract(encoder: ViT, pool: str, pixels: dict) -> Callable:
@@ -53,9 +53,8 @@ def collect(
     Raises:
       DataError: there is none.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    gather = _gather(everywhere)
-    params = jax.device_put(params, everywhere)
+    gather = _gather(NamedSharding(mesh, PartitionSpec()))
+    params = jax.device_put(params, state_sharding(params, mesh))
     found = []
     for batch in data.once(batch_sharding(mesh), limit):
         parts = {"feature": extract(params, batch["image"]), "label": batch["label"], "weight": batch["weight"]}

@@ -14,6 +14,7 @@ Writes into the workdir:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     hooks = [classification.evaluation(held_out, run, classification.logits_of(model, config), **config.eval)]
     run.train(
         lambda key: classification.init(model, config, key),
-        make_loss(model, config),
+        make_draw(model, config),
+        make_loss(model),
         hooks,
         start=start,
         trained=partial(trainable, depth=depth, what=config.trainable),
@@ -61,24 +63,29 @@ def run(config: ConfigDict, workdir: Path) -> None:
     classification.report(held_out, run)
 
 
-def make_loss(model: Classifier, config: ConfigDict):
-    """The loss to minimise, `f(params, stats, batch, key)`: the cross-entropy of augmented images."""
+def make_draw(model: Classifier, config: ConfigDict) -> Callable:
+    """What is random in a step, `f(batch, key)`: images erased and mixed, their targets, and the paths they take."""
 
-    def loss_fn(params, stats, batch, key):
+    def draw(batch, key):
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         images = normalize(batch["image"], **config.pixels)  # uint8 to f32[N,H,W,C]
         images = erase(erase_key, images, **config.erasing)
         weight = classification.weight_of(batch)
         images, targets = mix(mix_key, images, batch["label"], weight, model.classes, **config.mixup)
-        logits, moved = model.apply(
-            {"params": params, **stats},
-            images,
-            weight,
-            update=True,
-            rngs={"drop_path": path_key},
-            mutable=["batch_stats"],
-        )
-        return losses.weighted_mean(losses.cross_entropy(logits, targets), weight), dict(moved)
+        paths = model.encoder.draw_paths(path_key, len(images))
+        return {"image": images, "target": targets, "weight": weight, "paths": paths}
+
+    return draw
+
+
+def make_loss(model: Classifier) -> Callable:
+    """The loss to minimise, `f(params, stats, examples)`: the cross-entropy."""
+
+    def loss_fn(params, stats, examples):
+        images, weight, paths = (examples[key] for key in ("image", "weight", "paths"))
+        variables = {"params": params, **stats}
+        logits, moved = model.apply(variables, images, weight, True, paths, mutable=["batch_stats"])
+        return losses.cross_entropy(logits, examples["target"]), dict(moved)
 
     return loss_fn
 
@@ -98,7 +105,7 @@ SCHEMA = {
     "checkpoint": Checkpoints,
     "mesh": make_mesh,
 }
-VALUES = {"seed": int, "dtype": str, "init": str, "trainable": str, "ema": float}
+VALUES = {"seed": int, "dtype": str, "accumulate": int, "init": str, "trainable": str, "ema": float}
 
 
 def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:

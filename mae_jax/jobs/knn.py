@@ -76,10 +76,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def _classify(ks: tuple[int, ...], classes: int, temperature: float, mesh: Mesh) -> Callable:
     """`knn.classify`, jitted, with queries split over the devices."""
     classify = functools.partial(knn.classify, ks=ks, classes=classes, temperature=temperature)
-    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    everywhere, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
     # mapped by hand: a compiler that splits top_k itself gathers what it is taken of
     mapped = jax.shard_map(
-        classify, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=PartitionSpec(None, "data")
+        classify, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=PartitionSpec(None, mesh.axis_names)
     )
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, everywhere))
 

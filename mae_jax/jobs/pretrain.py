@@ -64,7 +64,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
         hooks.append(knn.monitor(model.encoder, config, data, held_out, run, **config.monitor))
     else:
         print("no eval/knn: the training and the held-out split have no labels, or other ones")
-    run.train(lambda key: (models.init(model, config, key), {}), make_loss(model, target, config), hooks)
+    run.train(
+        lambda key: (models.init(model, config, key), {}),
+        make_draw(model, config),
+        make_loss(model, target, config),
+        hooks,
+    )
     final = run.final_metrics
     if "eval/loss" in final:
         loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
@@ -72,22 +77,34 @@ def run(config: ConfigDict, workdir: Path) -> None:
     print(f"picture     {workdir}/reconstructions/step_{run.steps}.png")
 
 
-def hidden_patches(model: MAE, target: Target, config: ConfigDict, params, batch: dict, key: jax.Array):
-    """The path of an image: predictions f32[N,L-K,T] and targets f32[N,L-K,T] of the hidden patches, and the mask."""
-    images = normalize(batch["image"], **config.pixels)  # uint8 to f32[N,H,W,C]
-    grid = grid_of(images.shape[1:3], model.encoder.patch_size)
-    mask = masking.sample(key, len(images), grid, **config.mask)  # K of L patches stay visible
+def make_draw(model: MAE, config: ConfigDict) -> Callable:
+    """What is random in a step, `f(batch, key)`: the batch with a mask."""
+
+    def draw(batch, key):
+        grid = grid_of(batch["image"].shape[1:3], model.encoder.patch_size)
+        mask = masking.sample(key, len(batch["image"]), grid, **config.mask)  # K of L patches stay visible
+        return batch | {"mask": mask}
+
+    return draw
+
+
+def hidden_patches(model: MAE, target: Target, config: ConfigDict, params, masked: dict):
+    """The path of an image: predictions f32[N,L-K,T] and targets f32[N,L-K,T] of the hidden patches.
+
+    Args:
+      masked: a batch with a mask, from `make_draw`.
+    """
+    images, mask = normalize(masked["image"], **config.pixels), masked["mask"]  # uint8 to f32[N,H,W,C]
     pred = model.apply({"params": params}, images, mask)  # [N,L-K,T]
     want = masking.take(target.encode(images), mask.hidden)  # [N,L-K,T]
-    return pred, want, mask
+    return pred, want
 
 
 def make_loss(model: MAE, target: Target, config: ConfigDict) -> Callable:
-    """The loss to minimise, `f(params, stats, batch, key)`: the mean squared error on hidden patches."""
+    """The loss to minimise, `f(params, stats, examples)`: the mean squared error on hidden patches."""
 
-    def loss_fn(params, stats, batch, key):
-        pred, want, _ = hidden_patches(model, target, config, params, batch, key)
-        return losses.weighted_mean(losses.mse(pred, want), batch["weight"]), stats
+    def loss_fn(params, stats, examples):
+        return losses.mse(*hidden_patches(model, target, config, params, examples)), stats
 
     return loss_fn
 
@@ -113,6 +130,7 @@ def evaluation(
       images: use only so many images of the held-out split, and of the training split for the baseline.
     """
     sharding = batch_sharding(run.mesh)
+    draw = make_draw(model, config)
 
     @jax.jit
     def encode(_, batch, key):
@@ -121,8 +139,9 @@ def evaluation(
     @jax.jit
     def measure(state, batch, key):
         params, mean = state  # mean: f32[L,T]
-        pred, want, mask = hidden_patches(model, target, config, params, batch, key)
-        guess = mean[mask.hidden]  # [N,L-K,T]
+        masked = draw(batch, key)
+        pred, want = hidden_patches(model, target, config, params, masked)
+        guess = mean[masked["mask"].hidden]  # [N,L-K,T]
         return {"loss": losses.mse(pred, want), "baseline_loss": losses.mse(guess, want)}
 
     @functools.cache
@@ -183,7 +202,7 @@ SCHEMA = {
     "checkpoint": Checkpoints,
     "mesh": make_mesh,
 }
-VALUES = {"seed": int, "dtype": str}
+VALUES = {"seed": int, "dtype": str, "accumulate": int}
 
 
 def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:

@@ -66,15 +66,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
         variables = {"params": params, **stats}
         return model.apply(variables, features(params, batch), method="classify", **options)
 
-    def loss_fn(params, stats, batch, key):
-        weight = classification.weight_of(batch)
-        out, moved = logits(params, stats, batch, weight=weight, update=True, mutable=["batch_stats"])
+    def draw(batch, key):
+        return batch | {"weight": classification.weight_of(batch)}
+
+    def loss_fn(params, stats, batch):
+        out, moved = logits(params, stats, batch, weight=batch["weight"], update=True, mutable=["batch_stats"])
         targets = jax.nn.one_hot(batch["label"], model.classes)
-        return losses.weighted_mean(losses.cross_entropy(out, targets), weight), dict(moved)
+        return losses.cross_entropy(out, targets), dict(moved)
 
     hooks = [classification.evaluation(looked_at, run, logits, **config.eval)]
     run.train(
         lambda key: classification.init(model, config, key),
+        draw,
         loss_fn,
         hooks,
         batches=shown,
@@ -97,7 +100,7 @@ SCHEMA = {
     "checkpoint": Checkpoints,
     "mesh": make_mesh,
 }
-VALUES = {"seed": int, "dtype": str, "init": str}
+VALUES = {"seed": int, "dtype": str, "accumulate": int, "init": str}
 
 
 def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:

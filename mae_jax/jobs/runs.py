@@ -22,6 +22,8 @@ from mae_jax.training.checkpoint import Checkpoints, steps_in
 from mae_jax.training.loop import Hook, State, all_of, create_state, fit, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
+FREE = ("encoder.remat", "decoder.remat")  # of the model, but nothing it learns depends on it
+
 
 class Run:
     """One training run in its workdir.
@@ -72,6 +74,7 @@ class Run:
     def train(
         self,
         init: Callable,
+        draw: Callable,
         loss_fn: Callable,
         hooks: Sequence[Hook],
         batches: Dataset | None = None,
@@ -85,7 +88,7 @@ class Run:
 
         Args:
           init: `f(key) -> (params, stats)`, jittable: what a new run begins with.
-          loss_fn, trained, ema: as in `make_train_step`.
+          draw, loss_fn, trained, ema: as in `make_train_step`.
           hooks: to call besides saving.
           batches: what to take batches from, if not from `data`.
           start: parameters for a new run to begin with in place of those of `init`; a part of the tree.
@@ -105,7 +108,9 @@ class Run:
             "compiling",
             flush=True,
         )
-        train_step = make_train_step(loss_fn, tx, schedule, self.train_key, self.mesh, trained, ema)
+        train_step = make_train_step(
+            draw, loss_fn, tx, schedule, self.train_key, self.mesh, trained, ema, config.accumulate
+        )
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
         progress = metrics.Progress(self.writer, self.steps, data.batch_size)
         examples = (batches or data).shuffled(config.seed, first, batch_sharding(self.mesh))
@@ -167,7 +172,9 @@ def _compare_with_earlier_run(config: ConfigDict, workdir: Path, fixed: Sequence
         raise CheckpointError(f"{path}: not readable ({error}); copy that of the newest checkpoint over it") from error
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     told = {key: f"config.{key}: {before.get(key)} in {path}, now {now.get(key)}" for key in changed}
-    refused = [f"{told[key]}; use a new --workdir" for key in changed if key.startswith(tuple(fixed))]
+    refused = [
+        f"{told[key]}; use a new --workdir" for key in changed if key.startswith(tuple(fixed)) and key not in FREE
+    ]
     if refused:
         raise ConfigError(refused)
     for line in told.values():

@@ -67,13 +67,19 @@ class Classifier(nn.Module):
     norm: str = "layer"
     head_std: float = 0.01
 
-    def __call__(self, images: jax.Array, weight: jax.Array | None = None, update: bool = False) -> jax.Array:
-        """Logits f32[N,C] of images f32[N,H,W,C] (already normalised); the rest as in `classify`."""
-        return self.classify(self.features(images), weight, update)
+    def __call__(
+        self,
+        images: jax.Array,
+        weight: jax.Array | None = None,
+        update: bool = False,
+        paths: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits f32[N,C] of images f32[N,H,W,C] (already normalised); the rest as in `classify` and `features`."""
+        return self.classify(self.features(images, paths), weight, update)
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """One vector for each of images f32[N,H,W,C] (already normalised): f32[N,D]."""
-        return POOLS[self.pool](self.encoder(images).astype(jnp.float32))
+    def features(self, images: jax.Array, paths: jax.Array | None = None) -> jax.Array:
+        """One vector for each of images f32[N,H,W,C] (already normalised): f32[N,D]. `paths` as in `ViT`."""
+        return POOLS[self.pool](self.encoder(images, paths=paths).astype(jnp.float32))
 
     @nn.compact
     def classify(self, features: jax.Array, weight: jax.Array | None = None, update: bool = False) -> jax.Array:

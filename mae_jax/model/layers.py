@@ -1,7 +1,8 @@
 """The transformer block of ViT (Dosovitskiy et al. 2021, arXiv 2010.11929), as timm and the original MAE have it.
 
-Parameters are float32; `dtype` is what the matrix products compute in. LayerNorm statistics and the softmax are
-always float32.
+Parameters are float32; `dtype` is what the matrix products compute in, with sums in float32. LayerNorm, the softmax and
+the residual stream that branches are added to are always float32, as in PyTorch under autocast: LayerNorm's backward
+pass keeps its input in float32 anyway, so that a narrower stream would save no memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mae_jax.model import ops
 from mae_jax.model.patches import sincos_positions
@@ -35,7 +37,8 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
         kernel, bias = self.weights(x.shape[-1])
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        return ops.linear(rows, kernel[:, columns], bias[columns]).reshape(*x.shape[:-1], -1)
+        out = checkpoint_name(ops.linear(rows, kernel[:, columns], bias[columns]), ops.PRODUCT)
+        return out.reshape(*x.shape[:-1], -1)
 
 
 EPSILON = 1e-6  # of the variance in a LayerNorm, as in the original code; PyTorch's default is 1e-5
@@ -112,28 +115,44 @@ class Block(nn.Module):
     """Pre-norm transformer block. Only the tokens from `first` on are computed: [N,M,D] -> [N,M-first,D].
 
     Attributes:
-      drop_path: stochastic depth (Huang et al. 2016, arXiv 1603.09382): how likely a sample leaves out the attention,
-        and again the MLP, below 1. Only where `apply` is given an rng "drop_path".
       epsilon: of the LayerNorms.
     """
 
     heads: int
     mlp_ratio: float = 4.0
     dtype: str = "float32"
-    drop_path: float = 0.0
     epsilon: float = EPSILON
 
     @nn.compact
-    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
-        normal = LayerNorm(self.dtype, self.epsilon, name="attention_norm")(x)
-        x = x[:, first:] + self.drop(Attention(self.heads, self.dtype, name="attention")(normal, first))
-        normal = LayerNorm(self.dtype, self.epsilon, name="mlp_norm")(x)
-        return x + self.drop(MLP(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(normal))
+    def __call__(self, x: jax.Array, first: int = 0, paths: jax.Array | None = None) -> jax.Array:
+        """Compute f32[N,M,D] -> f32[N,M-first,D].
 
-    def drop(self, branch: jax.Array) -> jax.Array:
-        """Zero for the samples that leave [N,M,D] out; larger for the others, so that the expectation stays."""
-        if not self.drop_path or not self.has_rng("drop_path"):
-            return branch
-        keep = 1 - self.drop_path
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (len(branch), 1, 1))
-        return branch * (kept / keep).astype(branch.dtype)
+        Args:
+          paths: f32[N,2], what each sample's attention and its MLP are multiplied by; see `ViT.draw_paths`.
+        """
+        normal = LayerNorm(self.dtype, self.epsilon, name="attention_norm")(x)
+        branch = Attention(self.heads, self.dtype, name="attention")(normal, first)
+        x = x[:, first:] + (branch if paths is None else branch * paths[:, :1, None].astype(branch.dtype))
+        normal = LayerNorm(self.dtype, self.epsilon, name="mlp_norm")(x)
+        branch = MLP(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(normal)
+        return x + (branch if paths is None else branch * paths[:, 1:, None].astype(branch.dtype))
+
+
+# What is kept of a block until its backward pass; all else is computed a second time then. "none": all that is needed;
+# "dots": the results of matrix products, but not attention's; "full": nothing but what went in.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(ops.PRODUCT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def block_of(remat: str) -> type[nn.Module]:
+    """`Block`, rematerialised as the row of `REMAT` says; parameters, their names and values are the same.
+
+    Raises:
+      ValueError: there is no such row.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat is one of {', '.join(REMAT)}, not {remat!r}")
+    return Block if remat == "none" else nn.remat(Block, static_argnums=(2,), policy=REMAT[remat])

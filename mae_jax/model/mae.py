@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.model.layers import EPSILON, Block, Dense, LayerNorm, position_table
+from mae_jax.model.layers import EPSILON, Dense, LayerNorm, block_of, position_table
 from mae_jax.model.masking import Mask, take
 from mae_jax.model.patches import grid_of
 from mae_jax.model.vit import ViT
@@ -24,8 +24,8 @@ class Decoder(nn.Module):
       target_width: T, values to predict per patch.
       width, depth, heads, mlp_ratio: as in `ViT`; the paper's decoder is 512, 8, 16, 4. A depth of 0 is a linear
         head on the encoder.
-      positions, epsilon: as in `ViT`; the paper's are fixed.
-      dtype: what to compute in.
+      positions, epsilon, remat: as in `ViT`; the paper's positions are fixed.
+      dtype: of the matrix products.
     """
 
     target_width: int
@@ -35,6 +35,7 @@ class Decoder(nn.Module):
     mlp_ratio: float = 4.0
     positions: str = "sincos"
     epsilon: float = EPSILON
+    remat: str = "none"
     dtype: str = "float32"
 
     @nn.compact
@@ -46,15 +47,15 @@ class Decoder(nn.Module):
           patches, row by row.
         """
         x = Dense(self.width, self.dtype, name="embedding")(latent)
-        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(x.dtype)
-        table = position_table(self, self.positions, grid, self.width).astype(x.dtype)
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        table = position_table(self, self.positions, grid, self.width)  # float32, and so is the residual stream
         positions = table[0, 1:]
         cls, seen = x[:, :1] + table[:, :1], x[:, 1:] + positions[mask.visible]
         x = jnp.concatenate([cls, seen, mask_token + positions[mask.hidden]], axis=1)  # [N,1+L,width]
         first = 1 if every_patch else 1 + mask.visible.shape[1]
         for i in range(self.depth):
             last = i == self.depth - 1
-            block = Block(self.heads, self.mlp_ratio, self.dtype, epsilon=self.epsilon, name=f"block_{i}")
+            block = block_of(self.remat)(self.heads, self.mlp_ratio, self.dtype, self.epsilon, name=f"block_{i}")
             x = block(x, first if last else 0)
         x = LayerNorm(self.dtype, self.epsilon, name="norm")(x if self.depth else x[:, first:])
         x = Dense(self.target_width, self.dtype, name="head")(x)

@@ -19,9 +19,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mae_jax.model import native
 
+PRODUCT = "product"  # the name of what a rematerialisation policy may keep: results of large matrix products
 EXACT = jax.lax.Precision.HIGHEST  # GPUs and TPUs otherwise round float32 factors to TF32 or bfloat16
 
 
@@ -101,6 +103,7 @@ def mlp(x, kernel, bias, out_kernel, out_bias):
 
 def _mlp_forward(x, kernel, bias, out_kernel, out_bias):
     hidden, active = _linear_gelu(x, kernel, bias)
+    hidden = checkpoint_name(hidden, PRODUCT)
     return linear(active, out_kernel, out_bias), (x, hidden, kernel, out_kernel)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mae_jax.model.layers import EPSILON, Block, Dense, LayerNorm, position_table
+from mae_jax.model.layers import EPSILON, Dense, LayerNorm, block_of, position_table
 from mae_jax.model.masking import take
 from mae_jax.model.patches import grid_of, patchify
 
@@ -39,10 +40,12 @@ class ViT(nn.Module):
       mlp_ratio: hidden width of each block's MLP, in units of D.
       positions: a kind of `layers.position_table`. "learned" ones tie the encoder to one size of images
         (`patches.resize_positions`).
-      drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first, as in timm.
+      drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first, as in timm; only for
+        the `draw_paths` that training passes on.
       epsilon: of the LayerNorms; what some of Hugging Face's models have is 1e-12.
       final_norm: without it, tokens are those of the last block: fine-tuning has a norm of its own.
-      dtype: what to compute in, "float32" or "bfloat16"; parameters are float32.
+      remat: a row of `layers.REMAT`: what of the blocks is computed twice instead of kept in memory.
+      dtype: of the matrix products, "float32" or "bfloat16"; parameters are float32.
     """
 
     patch_size: int
@@ -54,15 +57,21 @@ class ViT(nn.Module):
     drop_path: float = 0.0
     final_norm: bool = True
     epsilon: float = EPSILON
+    remat: str = "none"
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, images: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, visible: jax.Array | None = None, paths: jax.Array | None = None
+    ) -> jax.Array:
         """Encode images f32[N,H,W,C] (already normalised), or only their patches `visible` i32[N,K].
 
+        Args:
+          paths: from `draw_paths`; None: every sample takes part in everything.
+
         Returns:
-          dtype[N,1+K,D]: the cls token, then the tokens of the visible patches in the order of `visible`;
-          of all L patches, row by row, when `visible` is None.
+          [N,1+K,D], float32 without `final_norm` and else of `dtype`: the cls token, then the tokens of the visible
+          patches in the order of `visible`; of all L patches, row by row, when `visible` is None.
         """
         x = patchify(images, self.patch_size)  # [N,L,P*P*C]
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
@@ -72,9 +81,22 @@ class ViT(nn.Module):
             x = take(x, visible)  # [N,K,P*P*C]
             positions = positions[0, visible]  # [N,K,D]
         x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
-        x = x + positions.astype(x.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width)), x], axis=1)
+        x = x + positions  # float32 from here on, as in every residual stream
+        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
         for i in range(self.depth):
-            rate = self.drop_path * i / max(self.depth - 1, 1)
-            x = Block(self.heads, self.mlp_ratio, self.dtype, rate, self.epsilon, name=f"block_{i}")(x)
+            block = block_of(self.remat)(self.heads, self.mlp_ratio, self.dtype, self.epsilon, name=f"block_{i}")
+            x = block(x, 0, None if paths is None else paths[:, i])
         return LayerNorm(self.dtype, self.epsilon, name="norm")(x) if self.final_norm else x
+
+    @nn.nowrap
+    def draw_paths(self, key: jax.Array, num: int) -> jax.Array | None:
+        """Which branches `num` samples leave out (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
+
+        Returns:
+          f32[num,depth,2], for the attention and the MLP of each block: 0 where it is left out, else the inverse of how
+          likely that is not, so that the expectation stays; None without `drop_path`.
+        """
+        if not self.drop_path:
+            return None
+        keep = 1 - self.drop_path * np.arange(self.depth, dtype=np.float32)[None, :, None] / max(self.depth - 1, 1)
+        return jax.random.bernoulli(key, keep, (num, self.depth, 2)) / keep

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mae_jax.errors import Interrupted
 from mae_jax.training.metrics import Progress
 from mae_jax.training.optim import join, split
-from mae_jax.training.sharding import state_sharding
+from mae_jax.training.sharding import microbatches, state_sharding
 
 
 @struct.dataclass
@@ -75,7 +75,13 @@ def create_state(
     return abstract, jax.jit(create, out_shardings=shardings)
 
 
+# Rematerialisation puts barriers around what is to be computed a second time. XLA's CPU compiler drops them before it
+# decides on the order of operations, and so computes everything twice at once and keeps all of it.
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
 def make_train_step(
+    draw: Callable,
     loss_fn: Callable,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -83,25 +89,51 @@ def make_train_step(
     mesh: Mesh,
     trained: Callable[[str], bool] = all_of,
     ema: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The jitted update: (state, batch) -> (new state, scalars). The old state's memory is reused.
 
+    What is random is drawn for the whole batch, and the loss is its mean by weight, so that neither the mesh nor
+    `accumulate` changes anything but the order of summation.
+
     Args:
-      loss_fn: `f(params, stats, batch, key) -> (loss f32[], new stats)`; `key` is `key` folded with the step, so that
-        any step can be replayed from its number and no key is ever stored.
+      draw: `f(batch, key) -> examples`: all that is random in a step, and what needs to see the batch whole. Examples
+        are a dict whose arrays have N as their first axis, with `weight` f32[N], what each one counts. `key` is `key`
+        folded with the step, so that any step can be replayed from its number and no key is ever stored.
+      loss_fn: `f(params, stats, examples) -> (losses f32[N], new stats)`, of some or all of the examples.
       trained: whether the parameter of a path such as "encoder/block_0/mlp/in/kernel" is trained. The others have no
         gradient and no moments, and nothing is computed for what lies before the first that is.
       ema: how much of their moving average the trained parameters keep at each step; 0: there is none.
+      accumulate: so many parts of the batch are computed one after the other, in the memory of one. Each part begins
+        with the statistics before the step, and what they become is averaged over the parts.
     """
 
-    @partial(jax.jit, donate_argnums=0)
+    options = KEEP_BARRIERS if jax.default_backend() == "cpu" else None
+
+    @partial(jax.jit, donate_argnums=0, compiler_options=options)
     def train_step(state: State, batch: dict):
         inside, outside = split(state.params, trained)
+        examples = draw(batch, jax.random.fold_in(key, state.step))
+        total = jnp.sum(examples["weight"])
+        share = examples["weight"] / jnp.where(total > 0, total, 1.0)  # a batch of unreadable images teaches nothing
 
-        def loss_of(inside):
-            return loss_fn(join(inside, outside), state.stats, batch, jax.random.fold_in(key, state.step))
+        def loss_of(inside, examples, share):
+            values, stats = loss_fn(join(inside, outside), state.stats, examples)
+            return jnp.sum(values * share), stats
 
-        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(inside)
+        def loss_and_grads(examples, share):
+            found, grads = jax.value_and_grad(loss_of, has_aux=True)(inside, examples, share)
+            return found, jax.lax.with_sharding_constraint(grads, state_sharding(grads, mesh))
+
+        if accumulate == 1:
+            (loss, stats), grads = loss_and_grads(examples, share)
+        else:
+            parts = microbatches((examples, share), accumulate, mesh)
+            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss_and_grads, examples, share))
+            (loss, stats), grads = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, loss_and_grads(*part)), None), nothing, parts
+            )[0]
+            stats = jax.tree.map(lambda x: x / accumulate, stats)
         updates, opt_state = tx.update(grads, state.opt_state, inside)
         inside = optax.apply_updates(inside, updates)
         averages = optax.incremental_update(inside, state.ema, 1 - ema) if ema else {}

@@ -1,24 +1,167 @@
-"""The device mesh, and which axis of it each array is split over."""
+"""The device mesh, and which axis of it each array is split over.
+
+The mesh has three named axes, and any of them may be 1:
+
+    data      every device along it has a part of the batch and the whole state (data parallelism)
+    fsdp      a part of the batch and a part of the state, which is put together where it is used (ZeRO, FSDP)
+    tensor    the whole of the batch and a part of each layer: some heads, some hidden units (tensor parallelism)
+
+The model knows nothing of it: `RULES` lays the train state out and `batch_sharding` the batch, and from these two XLA
+finds the rest. Activations need no word from us (tests/training/test_sharding.py looks at what is compiled): they stay
+split like the batch, and what is sent is parameters and gradients, under `tensor` the sums behind each second layer.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
+
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the batch is split over both
+
+# How the train state lies on the mesh: the first pattern that the end of a path matches counts, for a parameter as
+# for its moments and its moving average, whose paths end in the parameter's. Kernels are [inputs, outputs].
+RULES = (
+    # the first layer of two: a device has the outputs of some heads or hidden units ...
+    (r"(attention/qkv|mlp/in)/kernel", P("fsdp", "tensor")),
+    (r"(attention/qkv|mlp/in)/bias", P("tensor")),
+    # ... and the second layer takes them as its inputs, so that only its sums are sent
+    (r"(attention|mlp)/out/kernel", P("tensor", "fsdp")),
+    # layers that stand alone: the model's width is what is split, as it is what divides
+    (r"(patch_embedding|embedding)/kernel", P(None, "fsdp")),
+    (r"head/kernel", P("fsdp", None)),
+    # what is small is on every device: biases, norms, tokens, positions, statistics, counts
+    (r"bias|scale|cls_token|mask_token|positions|mean|var|step|count", P()),
+)
 
 
-def make_mesh(*, data: int = -1) -> Mesh:
-    """A mesh with the one axis `data`, over the first `data` devices of all hosts; -1: over all of them."""
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
+def mesh_shape(devices: int, slices: int = 1, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, ...]:
+    """The sizes (data, fsdp, tensor) of a mesh over `devices` devices, or over the first of them.
+
+    >>> mesh_shape(8, data=-1, fsdp=4), mesh_shape(8, data=2, fsdp=1)
+    ((2, 4, 1), (2, 1, 1))
+
+    Args:
+      slices: of so many devices each as fast links join; only `data` crosses from one to the next.
+      data, fsdp, tensor: one may be -1: all devices that the other two leave.
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    sizes = (data, fsdp, tensor)
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) <= 1 and all(size == -1 or 1 <= size <= devices for size in sizes):
+        if -1 in sizes and devices % known == 0:
+            sizes = tuple(devices // known if size == -1 else size for size in sizes)
+        used = math.prod(sizes)
+        if 0 < used <= devices and (slices == 1 or (used == devices and sizes[0] % slices == 0)):
+            return sizes
+    told = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, (data, fsdp, tensor), strict=True))
+    raise ValueError(f"{told} do not fit {devices} device(s)" + f" in {slices} slices" * (slices > 1))
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """How many slices of a TPU pod `devices` belong to, or groups of GPUs that share fast links; 1 if unknown."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The `devices` as an array of `shape` (data, fsdp, tensor), such that neighbours have fast links.
+
+    Of several slices, each one is a block along `data`, which sends the least.
+    """
+    slices = slice_count(devices)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *rest = shape
+    within, between = (data // slices, *rest), (slices, *[1] * len(rest))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """The mesh with the axes `AXES`, over all `devices` or, where their product is less, over the first of them.
+
+    Args:
+      devices: None: those of all hosts.
+      data, fsdp, tensor: sizes of the axes; one may be -1: all devices that the other two leave.
+
+    Raises:
+      ValueError: the sizes do not fit the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(len(devices), slice_count(devices), data=data, fsdp=fsdp, tensor=tensor)
     # linen annotates nothing, so the axes must be Auto; jax.make_mesh's own default is Explicit
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+    return Mesh(arrange(devices[: math.prod(shape)], shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch lies on the mesh: its first axis split over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """How a batch lies on the mesh: its first axis split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def batch_shares(mesh: Mesh) -> int:
+    """How many parts a batch is split into; its size must be a multiple of that."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def microbatches(batch, count: int, mesh: Mesh):
+    """A batch in `count` parts: arrays [N,...] as [count,N/count,...], of which every device keeps what it has.
+
+    A part takes some of each device's rows, not the first N/count: those would have to be sent around.
+    """
+    shares = batch_shares(mesh)
+
+    def cut(x):
+        parts = x.reshape(shares, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(
+            parts.reshape(count, -1, *x.shape[1:]), NamedSharding(mesh, P(None, BATCH_AXES))
+        )
+
+    return jax.tree.map(cut, batch)
+
+
+def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> P:
+    """The row of `RULES` for an array, less the axes of the mesh that do not divide its own, or are 1.
+
+    Args:
+      path: of the array in the state, such as "opt_state/0/mu/encoder/block_3/mlp/in/kernel".
+      shape: of the array.
+
+    Raises:
+      ValueError: there is none.
+    """
+
+    def kept(axis, n):
+        return axis if axis and mesh.shape[axis] > 1 and n % mesh.shape[axis] == 0 else None
+
+    for pattern, spec in RULES:
+        if re.search(f"(^|/)({pattern})$", path):
+            axes = [kept(axis, n) for axis, n in zip(spec, shape, strict=False)]
+            while axes and axes[-1] is None:  # XLA's own spelling: for another one, jit would compile again
+                axes.pop()
+            return P(*axes)
+    raise ValueError(f"no rule in training/sharding.py says how {path} lies on the mesh")
 
 
 def state_sharding(state, mesh: Mesh):
-    """How the train state lies on the mesh: a whole copy on every device (data parallelism)."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    """How the train state, or any part of it that has its paths' ends, lies on the mesh: as `RULES` say.
+
+    Args:
+      state: a tree of arrays or of their shapes.
+
+    Raises:
+      ValueError: there is no rule for some of it.
+    """
+
+    def sharding(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)

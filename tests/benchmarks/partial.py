@@ -31,10 +31,11 @@ def step_of(config, what):
     trained = partial(trainable, depth=depth, what=what)
     init = partial(classification.init, model, config, jax.random.key(0))
     abstract, new_state = create_state(init, tx, mesh, trained)
-    loss = finetune.make_loss(model, config)
     labels = np.random.default_rng(0).integers(0, model.classes, batch_size).astype(np.int32)
     batch = {"image": images_of(config), "label": labels, "weight": np.ones(batch_size, np.float32)}
-    step = make_train_step(loss, tx, schedule, jax.random.key(1), mesh, trained)
+    step = make_train_step(
+        finetune.make_draw(model, config), finetune.make_loss(model), tx, schedule, jax.random.key(1), mesh, trained
+    )
     run, temporary = repeated(step.lower(abstract, batch).compile(), new_state(), jax.device_put(batch))
     parameters = sum(x.size for x in jax.tree.leaves(optim.split(abstract.params, trained)[0]))
     return run, temporary, parameters, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.opt_state))

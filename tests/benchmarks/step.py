@@ -83,7 +83,8 @@ def training_step(config, model=None, devices=1):
     tx, schedule = optim.make(config.data.batch_size, 10_000, 100, **config.optim)
     abstract, new_state = create_state(lambda: (models.init(model, config, jax.random.key(0)), {}), tx, mesh)
     batch = {"image": images_of(config), "weight": np.ones(config.data.batch_size, np.float32)}
-    step = make_train_step(pretrain.make_loss(model, target, config), tx, schedule, jax.random.key(1), mesh)
+    draw, loss_fn = pretrain.make_draw(model, config), pretrain.make_loss(model, target, config)
+    step = make_train_step(draw, loss_fn, tx, schedule, jax.random.key(1), mesh)
     return step, abstract, new_state, jax.device_put(batch, batch_sharding(mesh))
 
 

@@ -42,22 +42,29 @@ def lowered(model, patch, batch):
     """The whole training step, as handed to the compiler; nothing is computed."""
     target = targets.make(patch, name="normalized_pixels")
 
-    def loss_fn(params, stats, images, key):
-        mask = masking.sample(key, batch, (224 // patch, 224 // patch))
+    grid = (224 // patch, 224 // patch)
+
+    def draw(images, key):
+        return images | {"mask": masking.sample(key, batch, grid)}
+
+    def loss_fn(params, stats, masked):
+        images, mask = masked["image"], masked["mask"]
         pred = model.apply({"params": params}, images, mask)
-        return losses.mse(pred, masking.take(target.encode(images), mask.hidden)).mean(), stats
+        return losses.mse(pred, masking.take(target.encode(images), mask.hidden)), stats
 
-    mask = masking.sample(jax.random.key(0), 1, (224 // patch, 224 // patch))
-    return step_of(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask)["params"], loss_fn, batch)
+    mask = masking.sample(jax.random.key(0), 1, grid)
+    init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask)["params"]  # noqa: E731
+    return step_of(init, draw, loss_fn, batch)
 
 
-def step_of(init, loss_fn, batch, trained=all_of):
+def step_of(init, draw, loss_fn, batch, trained=all_of):
     """A training step on images of 224 pixels, lowered."""
-    images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
+    images = {"image": jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)}
+    images |= {"weight": jax.ShapeDtypeStruct((batch,), jnp.float32)}
     tx, schedule = optim.make(batch, 100, 10)
     mesh = make_mesh(data=1)
     abstract, _ = create_state(lambda: (init(), {}), tx, mesh, trained)
-    return make_train_step(loss_fn, tx, schedule, jax.random.key(0), mesh, trained).lower(abstract, images)
+    return make_train_step(draw, loss_fn, tx, schedule, jax.random.key(0), mesh, trained).lower(abstract, images)
 
 
 @pytest.mark.parametrize("depth", [1, 8])
@@ -79,14 +86,14 @@ def test_partial_fine_tuning_goes_back_no_further_than_it_must(what):
     batch, depth = 16, 4
     model = Classifier(ViT(patch_size=16, width=192, depth=depth, heads=3), 1000)
 
-    def loss_fn(params, stats, images, key):
-        logits = model.apply({"params": params}, images)
-        return losses.cross_entropy(logits, jnp.zeros((batch, 1000))).mean(), stats
+    def loss_fn(params, stats, images):
+        logits = model.apply({"params": params}, images["image"])
+        return losses.cross_entropy(logits, jnp.zeros((batch, 1000))), stats
 
     block, embedding, head = block_flops(197, 197, 192, 4.0), 2 * 196 * 768 * 192, 2 * 192 * 1000
     mlp = 2 * 2 * 197 * 192 * 768
     blocks = {"head": 0, "0.5": mlp, "1": block, "3": 3 * block, "all": 4 * block}[what]
     needed = embedding + depth * block + 3 * head + 2 * blocks + embedding * (what == "all")
     init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]  # noqa: E731
-    step = step_of(init, loss_fn, batch, lambda path: trainable(path, depth, what))
+    step = step_of(init, lambda images, key: images, loss_fn, batch, lambda path: trainable(path, depth, what))
     assert 1 <= step.cost_analysis()["flops"] / (batch * needed) <= 1.02

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.model.layers import MLP, Attention, Block, Dense, LayerNorm
+from mae_jax.model.layers import MLP, REMAT, Attention, Block, Dense, LayerNorm, block_of
+from mae_jax.model.vit import ViT
+from mae_jax.training.loop import KEEP_BARRIERS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -185,10 +187,11 @@ def test_a_block_from_first_on_is_the_tail_of_the_whole_block(first):
 def test_drop_path_leaves_out_each_branch_of_each_sample_by_itself_and_keeps_the_expectation():
     rate, n = 0.3, 1000
     x = random_tokens(1, 3, 8)
-    module = Block(2, drop_path=rate)
+    module = Block(2)
     params = random_params(module, x)
     everyone = jnp.tile(x, (n, 1, 1))  # equal samples differ by what they leave out
-    got = jax.jit(lambda key: module.apply({"params": params}, everyone, rngs={"drop_path": key}))(jax.random.key(0))
+    paths = ViT(patch_size=1, width=8, depth=2, heads=2, drop_path=rate).draw_paths(jax.random.key(0), n)[:, 1]
+    got = jax.jit(lambda paths: module.apply({"params": params}, everyone, 0, paths))(paths)
 
     def outcome(attention, mlp):
         y = x + attention * plain_attention(params["attention"], plain_norm(params["attention_norm"], x), 2)
@@ -205,20 +208,6 @@ def test_drop_path_leaves_out_each_branch_of_each_sample_by_itself_and_keeps_the
     assert abs(mlp.mean() * kept - 1) < limit * kept
     assert abs((attention * mlp).mean() - (1 - rate) ** 2) < 4 * np.sqrt(0.25 / n)
     assert abs((attention[1:] * attention[:-1]).mean() - (1 - rate) ** 2) < 4 * np.sqrt(0.25 / n)
-
-
-def test_drop_path_needs_an_rng_and_leaves_parameters_and_dtype_alone():
-    x = random_tokens(2, 3, 8)
-    plain, module = Block(2), Block(2, drop_path=0.9)
-    params = random_params(plain, x)
-    assert jax.tree.structure(random_params(module, x)) == jax.tree.structure(params)
-    apply = jax.jit(lambda module: module.apply({"params": params}, x), static_argnums=0)
-    np.testing.assert_array_equal(apply(module), apply(plain))
-    half = Block(2, dtype="bfloat16", drop_path=0.5)
-    out = jax.eval_shape(
-        lambda: half.apply({"params": params}, x.astype("bfloat16"), rngs={"drop_path": jax.random.key(0)})
-    )
-    assert out.dtype == jnp.bfloat16
 
 
 MODULES = {
@@ -263,3 +252,57 @@ def test_qkv_is_drawn_as_one_matrix(heads):
     for part in np.split(np.asarray(params["qkv"]["kernel"]), 3, axis=1):
         assert 0.99 * limit < np.abs(part).max() <= limit
         np.testing.assert_allclose(part.std(), limit / math.sqrt(3), rtol=0.02)
+
+
+def memory_and_gradients(remat, make_loss, params):
+    """Temporary bytes of the compiled gradients, as training compiles them, and their values with the loss."""
+    compiled = jax.jit(jax.value_and_grad(make_loss(remat)), compiler_options=KEEP_BARRIERS).lower(params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes, compiled(params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rematerialisation_changes_memory_and_not_the_loss(dtype):
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((64, 16, 16, 3)), jnp.float32)
+    encoder = ViT(patch_size=4, width=64, depth=6, heads=4, drop_path=0.2, dtype=dtype)
+    params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
+    paths = encoder.draw_paths(jax.random.key(1), 64)
+
+    def make_loss(remat):
+        module = encoder.clone(remat=remat)
+        fresh = jax.jit(module.init)(jax.random.key(0), images)["params"]
+        jax.tree.map(np.testing.assert_array_equal, fresh, params)
+        return lambda params: jnp.square(module.apply({"params": params}, images, paths=paths)[:, 0]).mean()
+
+    found = {remat: memory_and_gradients(remat, make_loss, params) for remat in REMAT}
+    memory = [found[remat][0] for remat in ("none", "dots", "full")]
+    assert memory[1] < 0.8 * memory[0] and memory[2] < 0.7 * memory[1], memory
+    loss, gradients = found["none"][1]
+    for remat in ("dots", "full"):
+        np.testing.assert_allclose(found[remat][1][0], loss, rtol=1e-6)
+        for got, want in zip(jax.tree.leaves(found[remat][1][1]), jax.tree.leaves(gradients), strict=True):
+            tolerance = 1e-5 if dtype == "float32" else 1e-2
+            assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want) + 1e-9
+
+
+def test_an_unknown_policy_is_an_error():
+    with pytest.raises(ValueError, match="remat is one of none, dots, full, not 'half'"):
+        block_of("half")
+
+
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_the_residual_stream_is_float32_in_bfloat16_too(final_norm):
+    """As PyTorch's autocast has it."""
+    seen = {}
+
+    def note(function, args, kwargs, context):
+        out = function(*args, **kwargs)
+        if context.method_name == "__call__":
+            seen[context.module.name] = out.dtype
+        return out
+
+    encoder = ViT(patch_size=4, width=16, depth=2, heads=2, final_norm=final_norm, dtype="bfloat16")
+    with nn.intercept_methods(note):
+        out, _ = jax.eval_shape(encoder.init_with_output, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert {seen[name] for name in ("block_0", "block_1")} == {jnp.dtype("float32")}
+    assert {seen[name] for name in ("qkv", "out", "attention", "mlp", "mlp_norm")} == {jnp.dtype("bfloat16")}
+    assert out.dtype == ("bfloat16" if final_norm else "float32")

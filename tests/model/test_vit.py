@@ -1,6 +1,5 @@
 """The encoder: its sizes, what it sees, and in which order."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from flax.errors import ScopeParamShapeError
 
 from mae_jax.model import masking
-from mae_jax.model.layers import Block, LayerNorm
+from mae_jax.model.layers import LayerNorm
 from mae_jax.model.patches import resize_positions, sincos_positions
 from mae_jax.model.vit import SIZES, ViT
 
@@ -187,24 +186,33 @@ def test_without_final_norm_tokens_are_those_it_would_have_normalised(params, im
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_drop_path_rises_linearly_from_0_in_the_first_block(depth):
-    encoder = ViT(patch_size=4, width=8, depth=depth, heads=2, drop_path=0.3)
-    rates = {}
-
-    def note(function, args, kwargs, context):
-        if isinstance(context.module, Block):
-            rates[context.module.name] = context.module.drop_path
-        return function(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    assert list(rates) == [f"block_{i}" for i in range(depth)]
-    np.testing.assert_allclose(list(rates.values()), np.linspace(0, 0.3, depth), rtol=1e-12)
+    encoder, n = ViT(patch_size=4, width=8, depth=depth, heads=2, drop_path=0.3), 20_000
+    paths = np.asarray(encoder.draw_paths(jax.random.key(0), n))
+    assert paths.shape == (n, depth, 2) and paths.dtype == np.float32
+    for i, rate in enumerate(np.linspace(0, 0.3, depth)):
+        np.testing.assert_allclose(paths[:, i].max(), 1 / (1 - rate), rtol=1e-6)
+        np.testing.assert_allclose((paths[:, i] == 0).mean(axis=0), rate, rtol=0, atol=4 * np.sqrt(0.25 / n))
+    assert (paths[:, -1, 0] != paths[:, -1, 1]).any() == (depth > 1), "each branch by itself"
 
 
-def test_drop_path_acts_only_where_an_rng_is_given(params, images):
+def test_drop_path_acts_only_where_paths_are_given(params, images):
     dropping = ENCODER.clone(drop_path=0.5)
-    apply = jax.jit(lambda rngs: dropping.apply({"params": params}, images, rngs=rngs))
-    np.testing.assert_allclose(apply({}), encode(params, images), rtol=0, atol=1e-5)
-    one, same, other = (apply({"drop_path": jax.random.key(seed)}) for seed in (0, 0, 1))
+    apply = jax.jit(lambda paths: dropping.apply({"params": params}, images, paths=paths))
+    np.testing.assert_allclose(apply(None), encode(params, images), rtol=0, atol=1e-5)
+    one, same, other = (apply(dropping.draw_paths(jax.random.key(seed), len(images))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 1e-2
+    assert ENCODER.draw_paths(jax.random.key(0), 3) is None
+
+
+def test_leaving_a_branch_out_is_doing_without_it(params, images):
+    """Each sample by itself, in the block that its paths are of."""
+    depth = ENCODER.depth
+    paths = np.ones((len(images), depth, 2), np.float32)
+    paths[0, depth - 1] = 0
+    blocks = {name: leaf for name, leaf in params.items() if name != f"block_{depth - 1}"}
+    shorter = ENCODER.clone(depth=depth - 1)
+    got = jax.jit(lambda paths: ENCODER.apply({"params": params}, images, paths=paths))(paths)
+    without = jax.jit(lambda: shorter.apply({"params": blocks}, images))()
+    np.testing.assert_allclose(got[0], without[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got[1:], encode(params, images)[1:], rtol=0, atol=1e-5)

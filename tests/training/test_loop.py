@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from mae_jax.errors import Interrupted
 from mae_jax.training import optim
 from mae_jax.training.loop import State, create_state, fit, make_train_step, total_steps
-from mae_jax.training.sharding import batch_sharding, make_mesh
+from mae_jax.training.sharding import batch_sharding, make_mesh, microbatches
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -220,6 +221,9 @@ def test_total_steps_counts_steps_where_given_and_else_epochs(settings, steps):
     assert total_steps(312, **settings) == steps
 
 
+rng_of = np.random.default_rng
+
+
 @pytest.fixture(params=[1, 8], ids=["1 device", "8 devices"])
 def regression(request):
     """Linear regression: a state, its train step, batches by number, and what they are made of."""
@@ -229,20 +233,29 @@ def regression(request):
     truth = rng.normal(size=(3, 2)).astype(np.float32)
 
     def init():
-        return {"kernel": jax.random.normal(jax.random.key(1), (3, 2)), "bias": jnp.zeros(2)}, {}
+        return {"head": {"kernel": jax.random.normal(jax.random.key(1), (3, 2)), "bias": jnp.zeros(2)}}, {}
 
-    def loss_fn(params, stats, batch, key):
-        noise = 1e-3 * jax.random.normal(key, batch["y"].shape)
-        error = batch["x"] @ params["kernel"] + params["bias"][None] - batch["y"] + noise
-        return jnp.mean(jnp.square(error)), stats
+    def draw(batch, key):
+        return batch | {"noise": 1e-3 * jax.random.normal(key, batch["y"].shape)}
+
+    def loss_fn(params, stats, batch):
+        head = params["head"]
+        error = batch["x"] @ head["kernel"] + head["bias"][None] - batch["y"] + batch["noise"]
+        return jnp.mean(jnp.square(error), axis=1), stats
 
     def batch(step):
-        x = np.random.default_rng(step).normal(size=(16, 3)).astype(np.float32)
-        return jax.device_put({"x": x, "y": x @ truth}, batch_sharding(mesh))
+        x = rng_of(step).normal(size=(16, 3)).astype(np.float32)
+        examples = {"x": x, "y": x @ truth, "weight": np.float32(rng_of(step).random(16) < 0.8)}
+        return jax.device_put(examples, batch_sharding(mesh))
+
+    def mean_loss(params, batch, key):
+        values, _ = loss_fn(params, {}, draw(batch, key))
+        return jnp.sum(values * batch["weight"]) / jnp.sum(batch["weight"])
 
     key = jax.random.key(5)
     abstract, new_state = create_state(init, tx, mesh)
-    return mesh, abstract, new_state, make_train_step(loss_fn, tx, schedule, key, mesh), batch, loss_fn, schedule, key
+    train_step = make_train_step(draw, loss_fn, tx, schedule, key, mesh)
+    return mesh, abstract, new_state, train_step, batch, mean_loss, schedule, key
 
 
 def test_state_is_what_its_description_says(regression):
@@ -257,15 +270,15 @@ def test_state_is_what_its_description_says(regression):
 
 
 def test_scalars_are_those_of_the_state_before_the_update_and_any_step_can_be_replayed(regression):
-    *_, new_state, train_step, batch, loss_fn, schedule, key = regression
-    state, replay = new_state(), jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    *_, new_state, train_step, batch, mean_loss, schedule, key = regression
+    state, replay = new_state(), jax.jit(jax.value_and_grad(mean_loss))
     for step in range(4):
         before = jax.device_get(state.params)
         state, scalars = train_step(state, batch(step))
-        (loss, _), grads = replay(before, {}, jax.device_get(batch(step)), jax.random.fold_in(key, step))
+        loss, grads = replay(before, jax.device_get(batch(step)), jax.random.fold_in(key, step))
         assert set(scalars) == {"loss", "grad_norm", "learning_rate"}
         np.testing.assert_allclose(scalars["loss"], loss, rtol=1e-5)
-        np.testing.assert_allclose(scalars["grad_norm"], np.sqrt(sum(np.sum(g**2) for g in grads.values())), rtol=1e-5)
+        np.testing.assert_allclose(scalars["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
         np.testing.assert_allclose(scalars["learning_rate"], schedule(step), rtol=1e-6)
         assert int(state.step) == step + 1
 
@@ -306,38 +319,47 @@ DEPTH, WIDTH, BATCH = 4, 32, 64
 
 def layers(params):
     """The parameters of the layers, the lowest first, whatever is beside them."""
-    return [params["layers"][f"layer_{i}"] for i in range(DEPTH)]
+    return [params["layers"][f"layer_{i}"]["head"] for i in range(DEPTH)]
 
 
 def init_network():
     """A network of four layers, and as its statistics the count of its steps and a mean of its inputs."""
     keys = jax.random.split(jax.random.key(2), DEPTH)
     made = {
-        f"layer_{i}": {"kernel": jax.random.normal(key, (WIDTH, WIDTH)) * WIDTH**-0.5, "bias": jnp.zeros(WIDTH)}
+        f"layer_{i}": {
+            "head": {"kernel": jax.random.normal(key, (WIDTH, WIDTH)) * WIDTH**-0.5, "bias": jnp.zeros(WIDTH)}
+        }
         for i, key in enumerate(keys)
     }
-    return {"layers": made}, {"mean": jnp.zeros(WIDTH), "steps": jnp.float32(0)}
+    return {"layers": made}, {"mean": jnp.zeros(WIDTH), "count": jnp.float32(0)}
 
 
-def network_loss(params, stats, batch, key):
+def network_loss(params, stats, batch):
     x = batch["x"]
     for layer in layers(params):
         x = jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
-    stats = {"mean": 0.75 * stats["mean"] + 0.25 * batch["x"].mean(axis=0), "steps": stats["steps"] + 1}
-    return jnp.mean(jnp.square(x - batch["y"])), stats
+    stats = {"mean": 0.75 * stats["mean"] + 0.25 * batch["x"].mean(axis=0), "count": stats["count"] + 1}
+    return jnp.mean(jnp.square(x - batch["y"]), axis=1), stats
+
+
+def as_it_is(batch, key):
+    return batch
 
 
 def network_batch(step):
     rng = np.random.default_rng(step)
-    return {name: rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for name in ("x", "y")}
+    batch = {name: rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for name in ("x", "y")}
+    return batch | {"weight": np.ones(BATCH, np.float32)}
 
 
-def training_of(trained, ema=0.0, devices=1):
+def training_of(trained, ema=0.0, devices=1, accumulate=1, fsdp=1):
     """The network's first state as shapes, a function that makes it, and its step."""
-    mesh = make_mesh(data=devices)
+    mesh = make_mesh(data=devices, fsdp=fsdp)
     tx, schedule = optim.make(256, 50, 50, base_learning_rate=0.02, warmup_epochs=0.0, weight_decay=0.1)
     abstract, new_state = create_state(init_network, tx, mesh, trained, ema)
-    train_step = make_train_step(network_loss, tx, schedule, jax.random.key(0), mesh, trained, ema)
+    train_step = make_train_step(
+        as_it_is, network_loss, tx, schedule, jax.random.key(0), mesh, trained, ema, accumulate
+    )
     return abstract, new_state, train_step
 
 
@@ -364,7 +386,7 @@ def test_what_is_not_trained_stays_bit_for_bit_and_has_no_moments():
     after = jax.device_get(state.params)["layers"]
     for name in before:
         for part in ("kernel", "bias"):
-            unchanged = np.array_equal(before[name][part], after[name][part])
+            unchanged = np.array_equal(before[name]["head"][part], after[name]["head"][part])
             assert unchanged == (name in ("layer_0", "layer_1")), (name, part)
 
 
@@ -381,7 +403,7 @@ def test_the_trained_part_goes_where_the_optimizer_takes_it_alone():
 
     @jax.jit
     def follow(inside, opt_state, batch):
-        loss = lambda inside: network_loss({"layers": frozen | inside}, init_network()[1], batch, None)[0]  # noqa: E731
+        loss = lambda inside: network_loss({"layers": frozen | inside}, init_network()[1], batch)[0].mean()  # noqa: E731
         grads = jax.grad(loss)(inside)
         updates, opt_state = tx.update(grads, opt_state, inside)
         return optax.apply_updates(inside, updates), opt_state, optax.tree.norm(grads)
@@ -423,7 +445,9 @@ def test_moving_averages_are_the_formula(lowest):
     assert evaluated.keys() == flat(state.params).keys()
     for name, leaf in evaluated.items():
         np.testing.assert_array_equal(leaf, flat(state.ema).get(name, flat(state.params)[name]))
-    moved = np.abs(np.asarray(evaluated["layers/layer_3/kernel"] - state.params["layers"]["layer_3"]["kernel"]))
+    moved = np.abs(
+        np.asarray(evaluated["layers/layer_3/head/kernel"] - state.params["layers"]["layer_3"]["head"]["kernel"])
+    )
     assert moved.max() > 1e-3, "and these are others"
 
 
@@ -446,5 +470,70 @@ def test_statistics_are_carried_from_step_to_step():
         state, _ = train_step(state, jax.device_put(batch, batch_sharding(make_mesh())))
         mean = 0.75 * mean + 0.25 * batch["x"].mean(axis=0, dtype=np.float64)
     np.testing.assert_allclose(state.stats["mean"], mean, rtol=0, atol=1e-6)
-    assert state.stats["steps"] == 4
+    assert state.stats["count"] == 4
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.stats))
+
+
+def unread(batch, *rows):
+    """The batch with some images that could not be read."""
+    weight = batch["weight"].copy()
+    weight[list(rows)] = 0
+    return batch | {"weight": weight}
+
+
+@pytest.mark.parametrize("lowest", [0, 2])
+@pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 1), (2, 4)], ids=["1 device", "data8", "data2-fsdp4"])
+def test_accumulating_equals_the_large_batch(devices, fsdp, lowest):
+    """Loss, gradients, moments, parameters and statistics, also where some parts have more unreadable images."""
+    sharding = batch_sharding(make_mesh(data=devices, fsdp=fsdp))
+    runs = [training_of(above(lowest), devices=devices, fsdp=fsdp, accumulate=n) for n in (1, 4)]
+    (whole, step), (parts, accumulating) = ((new_state(), train_step) for _, new_state, train_step in runs)
+    for i in range(5):
+        batch = jax.device_put(unread(network_batch(i), 0, 1, 2, 3, 9, 40), sharding)
+        (whole, one), (parts, four) = step(whole, batch), accumulating(parts, batch)
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(four[name], one[name], rtol=1e-6)
+        if i == 0:  # later AdamW has divided rounding errors by their own size
+            for name, moment in flat(whole.opt_state).items():
+                np.testing.assert_allclose(flat(parts.opt_state)[name], moment, rtol=1e-5, atol=1e-8, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), parts, whole)
+    assert [x.sharding for x in jax.tree.leaves(parts)] == [x.sharding for x in jax.tree.leaves(whole)]
+
+
+def test_accumulating_needs_the_memory_of_a_part():
+    def temporary(accumulate):
+        abstract, _, train_step = training_of(above(0), accumulate=accumulate)
+        batch = {name: np.zeros((2**15, *x.shape[1:]), np.float32) for name, x in network_batch(0).items()}
+        return train_step.lower(abstract, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(16) < 0.6 * temporary(1), "inputs in parts are a copy of the batch"
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_batch_of_unreadable_images_teaches_nothing(accumulate):
+    _, new_state, train_step = training_of(above(0), accumulate=accumulate)
+    _, scalars = train_step(new_state(), unread(network_batch(0), *range(BATCH)))
+    assert scalars["loss"] == scalars["grad_norm"] == 0
+
+
+def test_parts_of_a_batch_are_parts_of_what_each_device_has():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    x = np.arange(24 * 3).reshape(24, 3)
+    cut = jax.jit(lambda x: microbatches({"x": x}, 3, mesh)["x"])
+    placed = jax.device_put(x, batch_sharding(mesh))
+    parts = cut(placed)
+    assert parts.shape == (3, 8, 3)
+    assert sorted(parts.ravel().tolist()) == list(range(72))
+    held = {shard.device: set(np.asarray(shard.data).ravel().tolist()) for shard in placed.addressable_shards}
+    for shard in parts.addressable_shards:
+        assert set(np.asarray(shard.data).ravel().tolist()) == held[shard.device]
+    assert not re.search("all-|collective", cut.lower(placed).compile().as_text()), "nothing is sent"
+
+
+def test_a_step_is_compiled_once_on_any_mesh():
+    for sizes in ({"devices": 1}, {"devices": 8}, {"devices": 2, "fsdp": 4}):
+        _, new_state, train_step = training_of(above(0), ema=0.5, **sizes)
+        state = new_state()
+        for i in range(3):
+            state, _ = train_step(state, network_batch(i))
+        assert train_step._cache_size() == 1
