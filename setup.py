@@ -32,6 +32,7 @@ setup(
         "importlib_resources>=6",  # tensorflow-datasets needs it to prepare, without declaring it
         "array_record>=0.8; platform_system != 'Windows'",  # the random-access format of prepared data sets
         "scikit-learn>=1.5",  # the digits
+        "flatbuffers>=24",  # jax.export writes StableHLO files with it, without declaring it
         "safetensors>=0.6",  # the files of Hugging Face and timm
         "ml_dtypes>=0.5",  # their bfloat16
         "pillow>=11",  # pictures; the operations of RandAugment

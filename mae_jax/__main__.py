@@ -8,12 +8,13 @@ from __future__ import annotations
 import keyword
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from mae_jax import compiled
-from mae_jax.errors import ConfigError, UserError, nearest
+from mae_jax.errors import ConfigError, Interrupted, UserError, nearest
 from mae_jax.jobs import JOBS
 
 USAGE = "usage: mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]"
@@ -63,7 +64,11 @@ def _run(argv: list[str]) -> int:
         from mae_jax.model import native
 
         native.return_freed_memory()
-        job.run(flags)
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            job.run(flags)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return 0
 
     from mae_jax import config
@@ -82,6 +87,11 @@ def _run(argv: list[str]) -> int:
     native.keep_freed_memory()
     job.run(settings, workdir)
     return 0
+
+
+def _stop(signum, frame) -> None:
+    """End a job that writes all or nothing, as Ctrl-C does."""
+    raise Interrupted(signum, "interrupted; nothing is written")
 
 
 def _flags(

@@ -5,7 +5,7 @@ Which tensors there are says most of what a model is; these functions translate 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 
@@ -33,12 +33,15 @@ HALF = {"mean": (0.5,), "std": (0.5,)}  # what ViTImageProcessor does when nothi
 BICUBIC = 3  # PIL.Image.Resampling
 
 
-def describe(settings: Mapping, where: str) -> tuple[dict, dict[str, str | tuple[str, ...]]]:
+def describe(
+    settings: Mapping, where: str, present: Container[str] = ()
+) -> tuple[dict, dict[str, str | tuple[str, ...]]]:
     """A config.json as groups of a config here, and the table of names that goes with it.
 
     Args:
       settings: the object in config.json.
       where: its path, for messages.
+      present: the names of the tensors, which tell the architecture where the settings do not.
 
     Returns:
       {"image_size", "channels", "encoder"} with, for what has them, "decoder", "target" and "mask", or "head" and
@@ -47,15 +50,24 @@ def describe(settings: Mapping, where: str) -> tuple[dict, dict[str, str | tuple
     Raises:
       CheckpointError: it is the config of another architecture.
     """
-    architecture = (settings.get("architectures") or ["none"])[0]
+    architecture = _architecture(settings, present)
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{where}: architecture {architecture}; what can be read is {', '.join(ARCHITECTURES)}")
     given = {**DEFAULTS, **settings}
     wrong = [
         f"{where}: {key} is {given[key]!r}, not a number above 0"
         for key in DEFAULTS
-        if key.endswith(COUNTS) and not _counts(given[key])
+        if key.endswith(COUNTS) and not _counts(given[key], pair=key in ("image_size", "patch_size"))
     ]
+    if not isinstance(given["layer_norm_eps"], float) or given["layer_norm_eps"] <= 0:
+        wrong.append(f"{where}: layer_norm_eps is {given['layer_norm_eps']!r}, not a number above 0")
+    if not isinstance(given["mask_ratio"], float) or not 0 < given["mask_ratio"] < 1:
+        wrong.append(f"{where}: mask_ratio is {given['mask_ratio']!r}, not a number between 0 and 1")
+    if given.get("qkv_bias", True) is not True:
+        wrong.append(f"{where}: qkv_bias is {given['qkv_bias']!r}; only models with these biases can be read")
+    names = given.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
+    if not isinstance(names, dict) or not all(str(key).isdigit() for key in names):
+        wrong.append(f"{where}: id2label is no table from numbers to names")
     if wrong:
         raise CheckpointError(wrong)
     patch = given["patch_size"]
@@ -88,7 +100,6 @@ def describe(settings: Mapping, where: str) -> tuple[dict, dict[str, str | tuple
         config["target"] = {"name": "normalized_pixels" if given["norm_pix_loss"] else "pixels"}
         config["mask"] = {"name": "random", "ratio": given["mask_ratio"]}
     if architecture.endswith("ForImageClassification"):
-        names = given.get("id2label") or {i: f"LABEL_{i}" for i in range(given.get("num_labels", 2))}
         config["classes"] = tuple(name for _, name in sorted((int(i), name) for i, name in names.items()))
         config["head"] = {"pool": "cls", "norm": "none"}
     if architecture.startswith("Beit"):
@@ -97,9 +108,25 @@ def describe(settings: Mapping, where: str) -> tuple[dict, dict[str, str | tuple
     return config, ARCHITECTURES[architecture][1]
 
 
-def _counts(value) -> bool:
-    """Whether this is a whole number above 0, or two."""
-    values = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+def _architecture(settings: Mapping, present: Container[str]) -> str:
+    """What settings say, or else the tensors: some files leave it out."""
+    said = settings.get("architectures")
+    if isinstance(said, list) and said and isinstance(said[0], str):
+        return said[0]
+    head = "classifier.weight" in present
+    match settings.get("model_type"):
+        case "vit_mae":
+            return "ViTMAEForPreTraining" if "decoder.mask_token" in present else "ViTMAEModel"
+        case "vit":
+            return "ViTForImageClassification" if head else "ViTModel"
+        case "beit":
+            return "BeitForImageClassification"
+    return "none"
+
+
+def _counts(value, pair: bool) -> bool:
+    """Whether this is a whole number above 0, or two where a `pair` may be."""
+    values = value if pair and isinstance(value, list | tuple) and len(value) == 2 else [value]
     return all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values)
 
 
@@ -216,31 +243,33 @@ def preprocessor_of(config: Mapping) -> dict:
 def pixels_of(preprocessor: Mapping | None, channels: int, model_type: str) -> tuple[dict, bool]:
     """The `pixels` group, {"mean", "std"}, and whether it is what a preprocessor_config.json says or an assumption."""
     said = preprocessor or {}
-    mean, std = said.get("image_mean") or (), said.get("image_std") or ()
+    mean, std = said.get("image_mean"), said.get("image_std")
     if said.get("do_normalize") is False:
-        mean, std = (0.0,) * channels, (1.0,) * channels
-    if len(mean) == len(std) == channels:
-        factor = 255 * said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 255
+        mean, std = [0.0] * channels, [1.0] * channels
+    rescale = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1
+    if are_numbers(mean, channels) and are_numbers(std, channels) and are_numbers([rescale], 1) and 0 not in std:
+        factor = 255 * rescale
         factor = 1.0 if abs(factor - 1) < 1e-9 else factor  # (x * rescale - mean) / std is (x / 255 - mean') / std'
         return {"mean": tuple(x / factor for x in mean), "std": tuple(x / factor for x in std)}, True
     assumed = IMAGENET if model_type == "vit_mae" else {key: value * 3 for key, value in HALF.items()}
     return assumed if channels == 3 else {key: value * channels for key, value in HALF.items()}, False
 
 
-def card(config: Mapping, architecture: str, results: Sequence[tuple[str, str]]) -> str:
+def are_numbers(values, count: int) -> bool:
+    """Whether this is a list of so many numbers."""
+    return isinstance(values, list | tuple) and len(values) == count and all(isinstance(x, int | float) for x in values)
+
+
+def card(config: Mapping, architecture: str, pooler: bool, results: Sequence[tuple[str, str]]) -> str:
     """The README.md of a model: what it is, what it was trained on and how, what came out, how to load it.
 
     Args:
+      pooler: whether its file has one, as that of a ViTModel may.
       results: what to say of it, a name and a value each.
     """
     data, encoder, pixels = config["data"], config["encoder"], config["pixels"]
-    use = {
-        "ViTMAEForPreTraining": "ViTMAEForPreTraining",
-        "ViTModel": "ViTModel",
-        "ViTForImageClassification": "AutoModelForImageClassification",
-        "BeitForImageClassification": "AutoModelForImageClassification",
-    }[architecture]
-    extra = ", add_pooling_layer=False" if architecture == "ViTModel" else ""
+    use = "AutoModelForImageClassification" if architecture.endswith("ForImageClassification") else architecture
+    extra = ", add_pooling_layer=False" if architecture == "ViTModel" and not pooler else ""
     about = [
         (
             "architecture",
@@ -260,10 +289,10 @@ library_name: transformers
 tags: [masked-autoencoder, vision-transformer, mae_jax]
 ---
 
-# {architecture} trained with mae_jax
+# {architecture}, exported by mae_jax
 
 A {"masked autoencoder" if architecture == "ViTMAEForPreTraining" else "vision transformer"} (He et al. 2021, arXiv
-2111.06377), trained in JAX and exported for transformers.
+2111.06377), written for transformers by mae_jax.
 
 | | |
 |---|---|

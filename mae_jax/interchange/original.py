@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mae_jax.errors import CheckpointError, ConfigError
-from mae_jax.interchange.huggingface import IMAGENET, mlp_ratio
+from mae_jax.interchange.huggingface import IMAGENET, are_numbers, mlp_ratio
 from mae_jax.interchange.names import ORIGINAL, count_blocks
 from mae_jax.model.vit import SIZES
 
@@ -107,6 +107,10 @@ def _transformer(
     }
 
 
-def pixels_of(channels: int) -> dict:
-    """The `pixels` group that such models were trained with, as far as is known: of ImageNet, for three channels."""
-    return IMAGENET if channels == 3 else {key: (sum(value) / 3,) * channels for key, value in IMAGENET.items()}
+def pixels_of(settings: Mapping, channels: int) -> tuple[dict, bool]:
+    """The `pixels` group, and whether it is what timm's config.json says or an assumption: that of ImageNet."""
+    if are_numbers(settings.get("mean"), channels) and are_numbers(settings.get("std"), channels):
+        return {"mean": tuple(settings["mean"]), "std": tuple(settings["std"])}, True
+    if channels == 3:
+        return IMAGENET, False
+    return {key: (sum(value) / 3,) * channels for key, value in IMAGENET.items()}, False

@@ -11,7 +11,8 @@ with moving averages of its parameters, those. The formats:
     original      a .pth file with the names of the original code
     timm          a .safetensors file with the same names, for timm's VisionTransformer; no decoder
     npz           the parameters by the names they have here, such as encoder/block_0/mlp/in/kernel
-    stablehlo     a file for jax.export.deserialize, on CPU, GPU and TPU, for any number of images
+    stablehlo     a file for jax.export.deserialize, on CPU, GPU and TPU, for any number of images; needs memory for the
+                  parameters some seven times, and holds up to 2 GiB
     onnx          for onnxruntime and others (pip install "mae_jax[onnx]")
 
 The last two compute what the model does: f32[N,H,W,C], normalised as in training, to the tokens f32[N,1+L,D] of the
@@ -31,11 +32,11 @@ from mae_jax.config import path_of, write_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, nearest
 from mae_jax.interchange import huggingface, names, portable, tensors
-from mae_jax.jobs import classification, foreign, models
+from mae_jax.jobs import classification, models
 from mae_jax.model.classifier import EPSILON
 from mae_jax.model.layers import EPSILON as ORIGINAL_EPSILON
 from mae_jax.model.mae import Decoder
-from mae_jax.model.patches import grid_of
+from mae_jax.model.patches import grid_of, position_rows
 from mae_jax.model.vit import ViT
 from mae_jax.training import checkpoint
 
@@ -44,7 +45,7 @@ FLAGS = (*REQUIRED, "part")
 PORTABLE = {"stablehlo": portable.stablehlo, "onnx": portable.onnx}
 FORMATS = ("huggingface", "original", "timm", "npz", *PORTABLE)
 PARTS = ("all", "encoder")
-SAID = ("train", "mask", "target", "optim", "mixup", "head")  # groups of a config that a model card repeats
+SAID = ("mask", "target", "optim", "mixup", "head")  # groups of a config that a model card repeats
 
 
 def run(flags: Mapping[str, str]) -> None:
@@ -111,7 +112,7 @@ def parameters(path: str, config: Mapping, part: str, fold: bool) -> dict[str, n
     grid = grid_of(config["data"]["image_size"], config["encoder"]["patch_size"])
     for group in ("encoder", "decoder") if fold else ():
         if group in config and any(leaf.startswith(f"{group}/") for leaf in leaves):
-            leaves.setdefault(f"{group}/positions", foreign.fixed_positions(grid, config[group]["width"]))
+            leaves.setdefault(f"{group}/positions", position_rows(grid, config[group]["width"]))
     return leaves
 
 
@@ -137,11 +138,14 @@ def write_huggingface(path: str, config: Mapping, leaves: dict, part: str, folde
     """A folder that transformers reads."""
     architecture = huggingface.architecture_of(config, part)
     table = huggingface.ARCHITECTURES[architecture][1]
+    size, pooler = config["data"]["image_size"], any(leaf.startswith("pooler/") for leaf in leaves)
+    if size[0] != size[1] and architecture in ("ViTMAEForPreTraining", "BeitForImageClassification"):
+        print(f"note        transformers has this model for square images alone, not for {size[0]}x{size[1]}")
     folder.mkdir()
     tensors.write_safetensors(folder / "model.safetensors", renamed(leaves, table, config["encoder"]["patch_size"]))
     write_json(folder / "config.json", huggingface.settings_of(config, architecture))
     write_json(folder / "preprocessor_config.json", huggingface.preprocessor_of(config))
-    (folder / "README.md").write_text(huggingface.card(config, architecture, results_of(path, config)))
+    (folder / "README.md").write_text(huggingface.card(config, architecture, pooler, results_of(path, config)))
 
 
 def write_original(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
@@ -216,10 +220,10 @@ def results_of(path: str, config: Mapping) -> list[tuple[str, str]]:
         return [*said, ("weights", f"imported from {Path(config['imported']['from']).name}")]
     said.append(("data", " ".join(str(v) for v in classification.description(Dataset(**config["data"])).values())))
     said.append(("training", f"{step} steps of {config['data']['batch_size']} images"))
-    for name in ("summary.json", "results.json"):
-        file = workdir / name
-        found = tensors.read_json(file) if file.is_file() else {}
-        if found.get("steps") == step:
-            numbers = found.get("metrics", found)
-            said += [(key, f"{x:.4g}") for key, x in numbers.items() if key.startswith(("eval/", "top"))]
+    if config.get("init"):
+        said.append(("encoder from", Path(config["init"]).name))
+    file = workdir / "summary.json"
+    found = tensors.read_json(file) if file.is_file() else {}
+    if found.get("steps") == step:
+        said += [(key, f"{x:.4g}") for key, x in found["metrics"].items() if key.startswith("eval/")]
     return said

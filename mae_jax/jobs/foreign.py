@@ -16,7 +16,7 @@ from mae_jax.interchange import huggingface, names, original, tensors
 from mae_jax.model import masking
 from mae_jax.model.classifier import Classifier
 from mae_jax.model.mae import MAE, Decoder
-from mae_jax.model.patches import grid_of, resize_positions, sincos_positions
+from mae_jax.model.patches import grid_of, position_rows, resize_positions
 from mae_jax.model.vit import ViT
 
 # What a folder may hold its tensors in, the best first.
@@ -32,16 +32,22 @@ def is_foreign(path: str | Path) -> bool:
 
 def read(
     path: str | Path,
-    heads: Sequence[int] = (),
+    heads: int | Sequence[int] = (),
     image_size: Sequence[int] = (),
     target: str = "",
     classes: Sequence[str] = (),
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    weights: bool = True,
 ) -> tuple[dict, dict, list[str]]:
     """The model in a folder of Hugging Face's, or in a file of the original code's or timm's tensors.
 
     Args:
-      heads, image_size, target: as in `original.describe`, where there is no config.json.
+      heads, image_size, target: as in `original.describe`, where there is no config.json; one number of heads is the
+        encoder's.
       classes: names, in order; empty: those of config.json, or else numbers.
+      mean, std: of pixels, as in `patches.normalize`; empty: what the files say, or else ImageNet's.
+      weights: without them, no parameters are returned but positions.
 
     Returns:
       Its config, complete for all that looks at a trained model; its parameters, f32 in a tree as everywhere
@@ -51,40 +57,69 @@ def read(
       UserError: with everything that is missing, unused or of another shape.
     """
     file = _file_in(Path(os.path.expanduser(path)))
-    beside = file.parent / "config.json"
-    settings = tensors.read_json(beside) if beside.is_file() else {}
+    beside, heads = file.parent / "config.json", (heads,) if isinstance(heads, int) else tuple(heads)
     given = {names.as_in_files(name): tensor for name, tensor in tensors.tensors_in(file).items()}
     shapes = {name: tensor.shape for name, tensor in given.items()}
     assumed = []
     if "patch_embed.proj.weight" in shapes:
-        pool = {"avg": "mean", "token": "cls"}.get(settings.get("global_pool", ""), "")
+        settings = _settings_of_timm(beside)
+        pool = {"avg": "mean", "token": "cls"}.get(str(settings.get("global_pool")), "")
         config, table = original.describe(shapes, str(file), heads, image_size, target, pool), names.ORIGINAL
-        pixels = original.pixels_of(config["channels"])
-        assumed.append(f"pixels are normalised by mean {pixels['mean']} and std {pixels['std']}")
+        pixels, known = original.pixels_of(settings, config["channels"])
         if "head" in config and "fc_norm.weight" not in shapes and not pool:
             assumed.append("the classifier takes the cls token, not the mean of the patches")
-    elif settings:
+    elif beside.is_file():
         for flag, value in {"heads": heads, "image_size": image_size, "target": target}.items():
             if value:
                 raise ConfigError(f"--{flag}: {beside} says that; leave it out")
-        config, table = huggingface.describe(settings, str(beside))
+        settings = tensors.read_json(beside)
+        config, table = huggingface.describe(settings, str(beside), shapes)
         preprocessor = file.parent / "preprocessor_config.json"
         said = tensors.read_json(preprocessor) if preprocessor.is_file() else None
         pixels, known = huggingface.pixels_of(said, config["channels"], settings.get("model_type", ""))
-        if not known:
-            assumed.append(f"pixels are normalised by mean {pixels['mean']} and std {pixels['std']}")
     else:
         some = ", ".join(sorted(shapes)[:4])
         raise CheckpointError(
             f"{file}: no ViT of the original code or of timm (it has {some}, ...), and no config.json beside it"
         )
-    if classes and len(classes) != len(config.get("classes", classes)):
-        raise ConfigError(f"{file}: has {len(config['classes'])} classes, not {len(classes)}")
-    params = unflatten_dict(_read_all(given, config, table, str(file)), sep="/")
+    _check_unsaid(config, str(file), heads, target, classes)
+    if mean or std:
+        pixels, known = {"mean": tuple(mean), "std": tuple(std)}, True
+        if not all(huggingface.are_numbers(value, config["channels"]) for value in pixels.values()) or 0 in std:
+            raise ConfigError(f"--mean, --std: not {config['channels']} numbers each, above 0 in --std")
+    if not known:
+        assumed.append(
+            f"pixels are normalised by mean {pixels['mean']} and std {pixels['std']}; --mean and --std say otherwise"
+        )
+    params = unflatten_dict(_read_all(given, config, table, str(file), weights), sep="/")
     for part in params.keys() & {"encoder", "decoder"}:
         _forget_fixed_positions(config, params, part)
     plain = "none" if table is not names.ORIGINAL else "centre_crop"  # as in the image processor, and in datasets.py
     return _complete(config, pixels, classes, plain), params, assumed
+
+
+def _settings_of_timm(path: Path) -> dict:
+    """What a config.json of timm's says, if that is what it is; files of the original code may lie beside any."""
+    try:
+        settings = tensors.read_json(path)
+    except CheckpointError:
+        return {}
+    return {**settings.get("pretrained_cfg", {}), **settings} if "architecture" in settings else settings
+
+
+def _check_unsaid(config: dict, where: str, heads: Sequence[int], target: str, classes: Sequence[str]) -> None:
+    """Raise a ConfigError with what was said of something that the model has not."""
+    problems = []
+    if classes and "classes" not in config:
+        problems.append(f"--classes: {where} holds no classifier")
+    elif classes and len(classes) != len(config["classes"]):
+        problems.append(f"{where}: has {len(config['classes'])} classes, not {len(classes)}")
+    if target and "decoder" not in config:
+        problems.append(f"--target: {where} holds no decoder")
+    if len(heads) > 1 and "decoder" not in config:
+        problems.append(f"--heads: {where} holds no decoder; give one number")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _file_in(path: Path) -> Path:
@@ -116,8 +151,10 @@ def shapes_of(config: Mapping) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _read_all(given: Mapping[str, tensors.Tensor], config: dict, table: Mapping, where: str) -> dict[str, jax.Array]:
-    """All parameters by path. Raises a CheckpointError that lists what is missing, unused or misshapen."""
+def _read_all(
+    given: Mapping[str, tensors.Tensor], config: dict, table: Mapping, where: str, weights: bool
+) -> dict[str, jax.Array]:
+    """All parameters by path, or only positions; a CheckpointError lists what is missing, unused or misshapen."""
     patch = config["encoder"]["patch_size"]
     try:
         shapes = shapes_of(config)
@@ -149,20 +186,16 @@ def _read_all(given: Mapping[str, tensors.Tensor], config: dict, table: Mapping,
         return {
             leaf: jnp.asarray(names.to_ours(leaf, [value(name, shapes[leaf][-1] // len(held)) for name in held]))
             for leaf, held in holders.items()
+            if weights or leaf.endswith("/positions")
         }
 
 
 def _forget_fixed_positions(config: dict, params: dict, part: str) -> None:
     """Where the positions in a file are the fixed ones, bit for bit, no parameter holds them here."""
     grid = grid_of(config["image_size"], config["encoder"]["patch_size"])
-    if np.array_equal(params[part]["positions"], fixed_positions(grid, config[part]["width"])):
+    if np.array_equal(params[part]["positions"], position_rows(grid, config[part]["width"])):
         del params[part]["positions"]
         config[part]["positions"] = "sincos"
-
-
-def fixed_positions(grid: Sequence[int], width: int) -> np.ndarray:
-    """Sine-cosine positions with zeros for cls before them, f32[1,1+L,D], as files of other worlds hold them."""
-    return np.pad(sincos_positions(grid, width), ((1, 0), (0, 0)))[None]
 
 
 def _complete(config: dict, pixels: dict, classes: Sequence[str], held_out_augment: str) -> dict:
@@ -200,7 +233,7 @@ def resize(config: dict, params: dict, image_size: Sequence[int], positions: str
     for part in params.keys() & {"encoder", "decoder"}:
         width, learned = config[part]["width"], config[part]["positions"] == "learned"
         if positions == "bicubic" or (learned and not positions):
-            before = params[part]["positions"] if learned else fixed_positions(grids[0], width)
+            before = params[part]["positions"] if learned else position_rows(grids[0], width)
             params[part]["positions"] = resize_positions(before, *grids)
             config[part]["positions"] = "learned"
         elif learned:

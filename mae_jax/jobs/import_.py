@@ -1,4 +1,4 @@
-"""Read a model that was trained elsewhere, and write it as a checkpoint of this project.
+r"""Read a model that was trained elsewhere, and write it as a checkpoint of this project.
 
     mae-jax import --from=PATH --workdir=DIR [--resize=H,W] [--channels=N --adapt=sum] [...]
 
@@ -12,10 +12,11 @@ Reads, whatever it turns out to be:
 Writes a checkpoint into the workdir, for reconstruct, probe, finetune, knn, evaluate and mae_jax.load_encoder. Files
 of PyTorch's need PyTorch (pip install "mae_jax[torch]"); no code in them is run. What no file says is given:
 
-    --heads=N[,M]           heads of the encoder and decoder, unless of one of ViT's sizes
-    --image_size=H,W        of images that were not square
+    --heads=N[,M]           heads of the encoder and decoder, unless they are 192, 384, 768, 1024, 1280 and 512 wide
+    --image_size=H,W        of images that were not square; one number is a square
     --target=NAME           what a decoder of the original code predicts: pixels or normalized_pixels
     --classes=NAME          the class names of that TFDS data set, in its order, such as imagenet2012
+    --mean=X[,...] --std=X[,...]    of pixels between 0 and 1, by channel, where no preprocessor_config.json lies beside
 
 And what is to be changed:
 
@@ -23,6 +24,11 @@ And what is to be changed:
     --positions=KIND        how: bicubic, as in fine-tuning by the original code, or sincos
     --channels=N            for images of another number of channels, with
     --adapt=HOW             sum (into one channel) or repeat, as timm does
+
+Its data are taken for ImageNet's. Elsewhere they are named:
+
+    mae-jax knn --config=configs/knn.py --config.init=DIR --workdir=runs/knn \
+        --config.data.source=digits --config.data.split=train --config.data.held_out=test
 """
 
 from __future__ import annotations
@@ -44,16 +50,27 @@ with epy.lazy_imports():
     import tensorflow_datasets as tfds
 
 REQUIRED = ("from", "workdir")
-FLAGS = (*REQUIRED, "heads", "image_size", "target", "classes", "resize", "positions", "channels", "adapt")
+FLAGS = (
+    *REQUIRED,
+    "heads",
+    "image_size",
+    "target",
+    "classes",
+    "mean",
+    "std",
+    "resize",
+    "positions",
+    "channels",
+    "adapt",
+)
 
 
 def run(flags: Mapping[str, str]) -> None:
     """Import as `flags` say."""
     given = check(flags)
     workdir = path_of("workdir", flags["workdir"])
-    config, params, notes = foreign.read(
-        flags["from"], given["heads"], given["image_size"], given["target"], class_names(given["classes"])
-    )
+    unsaid = {key: given[key] for key in ("heads", "image_size", "target", "mean", "std")}
+    config, params, notes = foreign.read(flags["from"], classes=class_names(given["classes"]), **unsaid)
     if given["resize"]:
         foreign.resize(config, params, given["resize"], given["positions"])
     if given["channels"] and given["channels"] != config["data"]["channels"]:
@@ -89,6 +106,9 @@ def check(flags: Mapping[str, str]) -> dict:
             raise ValueError
         return tuple(map(int, text.split(",")))
 
+    def floats(text: str) -> tuple[float, ...]:
+        return tuple(map(float, text.split(",")))
+
     def one_number(text: str) -> int:
         (number,) = numbers(text)
         return number
@@ -110,6 +130,8 @@ def check(flags: Mapping[str, str]) -> dict:
         "image_size": parse("image_size", size, (), "HEIGHT,WIDTH"),
         "resize": parse("resize", size, (), "HEIGHT,WIDTH"),
         "channels": parse("channels", one_number, 0, "a number above 0"),
+        "mean": parse("mean", floats, (), "numbers, one for each channel"),
+        "std": parse("std", floats, (), "numbers, one for each channel"),
         "target": parse("target", one_of(*TARGETS), "", f"one of {', '.join(TARGETS)}"),
         "positions": parse("positions", one_of(*kinds), "", f"one of {', '.join(kinds)}"),
         "adapt": parse("adapt", one_of(*ways), "", f"one of {', '.join(ways)}"),
@@ -117,6 +139,8 @@ def check(flags: Mapping[str, str]) -> dict:
     }
     if ("channels" in flags) != ("adapt" in flags):
         problems.append(f"--channels and --adapt go together: say how, {' or '.join(ways)}, and how many")
+    if ("mean" in flags) != ("std" in flags):
+        problems.append("--mean and --std go together")
     if "positions" in flags and "resize" not in flags:
         problems.append("--positions says how to --resize, which is not given")
     if problems:

@@ -15,7 +15,7 @@ from mae_jax.errors import CheckpointError
 from mae_jax.jobs import foreign
 from mae_jax.model import masking, targets
 from mae_jax.model.mae import MAE, Decoder
-from mae_jax.model.patches import grid_of, resize_positions, sincos_positions
+from mae_jax.model.patches import grid_of, position_rows, resize_positions
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
 from mae_jax.training import checkpoint
@@ -44,10 +44,14 @@ def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
     return model.init(key, images, mask)["params"]
 
 
-def load_config(path: str | Path) -> ConfigDict:
-    """The config of the run whose workdir or checkpoint is at `path`, or what is known of a model made elsewhere."""
+def load_config(path: str | Path, **unsaid) -> ConfigDict:
+    """The config of the run whose workdir or checkpoint is at `path`, or what is known of a model made elsewhere.
+
+    Args:
+      unsaid: what a file made elsewhere does not say, such as `heads`; see `foreign.read`.
+    """
     if foreign.is_foreign(path):
-        return ConfigDict(foreign.read(path)[0])
+        return ConfigDict(foreign.read(path, weights=False, **unsaid)[0])
     return ConfigDict(checkpoint.load_config(path))
 
 
@@ -78,7 +82,7 @@ def load_encoder(path: str | Path, **unsaid) -> tuple[ViT, dict]:
     Args:
       path: a workdir of any training job, whose newest checkpoint is read, or one checkpoint in it; or a folder of
         Hugging Face's, or a file of tensors, as `mae-jax import` reads them.
-      unsaid: what a file of tensors does not say, as in `foreign.read`.
+      unsaid: what a file made elsewhere does not say, such as `heads`; see `foreign.read`.
 
     Raises:
       CheckpointError: there is none, or it does not fit its config.
@@ -135,6 +139,6 @@ def encoder_to_start_from(config: ConfigDict) -> dict:
     params = averaged(config.init, params)["encoder"]
     if "positions" in wanted:
         grids = [grid_of(c.data.image_size, c.encoder.patch_size) for c in (trained, config)]
-        fixed = np.pad(sincos_positions(grids[0], encoder.width), ((1, 0), (0, 0)))[None]  # [1,1+L,D]
+        fixed = position_rows(grids[0], encoder.width)
         params["positions"] = jnp.asarray(resize_positions(np.asarray(params.get("positions", fixed)), *grids))
     return {name: params[name] for name in wanted}

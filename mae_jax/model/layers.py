@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mae_jax.model import ops
-from mae_jax.model.patches import sincos_positions
+from mae_jax.model.patches import position_rows
 
 
 class Dense(nn.Module):
@@ -73,7 +72,7 @@ def position_table(module: nn.Module, kind: str, grid: Sequence[int], width: int
     """
     if kind not in POSITIONS:
         raise ValueError(f"positions are one of {', '.join(POSITIONS)}, not {kind!r}")
-    fixed = jnp.asarray(np.pad(sincos_positions(grid, width), ((1, 0), (0, 0))))[None]
+    fixed = jnp.asarray(position_rows(grid, width))
     return module.param("positions", lambda key: fixed) if kind == "learned" else fixed
 
 

@@ -90,6 +90,11 @@ def sincos_positions(grid: Sequence[int], width: int) -> np.ndarray:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
+def position_rows(grid: Sequence[int], width: int) -> np.ndarray:
+    """`sincos_positions` after a row of zeros for the cls token: f32[1,1+L,D]."""
+    return np.pad(sincos_positions(grid, width), ((1, 0), (0, 0)))[None]
+
+
 def resize_positions(positions, grid: Sequence[int], new_grid: Sequence[int]) -> np.ndarray:
     """Positions learned on one grid of patches, for another: bicubic, not antialiased; the row of cls stays.
 

@@ -122,7 +122,10 @@ def locate(path: str | Path) -> Path:
     folder = path if path.name == FOLDER else path / FOLDER
     steps = steps_in(folder) if os.path.isdir(folder) else []
     if not steps:
-        raise CheckpointError(f"{path}: no checkpoint here; name a workdir of a run, or one of its checkpoints/STEP")
+        raise CheckpointError(
+            f"{path}: no checkpoint here; name a workdir of a run, or one of its checkpoints/STEP; of a "
+            "model made elsewhere, mae-jax import makes one"
+        )
     return folder / str(max(steps))
 
 

@@ -403,7 +403,19 @@ def test_another_architecture(kind, attempt):
 
 
 def test_no_architecture(attempt):
-    attempt(4, "config.json: architecture none; what can be read is ", architectures=None)
+    attempt(4, "config.json: architecture none; what can be read is ", architectures=None, model_type="bert")
+
+
+def test_an_architecture_that_is_left_out_is_told_by_the_tensors(worlds, tmp_path):
+    """What older files have is a model_type alone."""
+    for architecture in ("ViTMAEForPreTraining", "ViTMAEModel", "ViTModel", "ViTForImageClassification"):
+        folder = tmp_path / architecture
+        worlds.write_hugging_face(folder, worlds.cases["tiny"], architecture)
+        settings = json.loads((folder / "config.json").read_text())
+        said, _ = describe(settings, "config.json")
+        del settings["architectures"]
+        present = safetensors.numpy.load_file(folder / "model.safetensors")
+        assert describe(settings, "config.json", present)[0] == said
 
 
 def test_tensors_of_another_architecture_than_the_config_says(attempt):

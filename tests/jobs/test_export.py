@@ -331,7 +331,7 @@ def test_the_card_says_what_the_model_is_and_how_good(probed, tmp_path, tools):
     assert card.startswith("---\nlibrary_name: transformers\n")
     top1 = tools.read_json(probed / "results.json")["top1"]
     for words in (
-        *("# ViTForImageClassification trained with mae_jax", "8x8, 1 channel(s), patches of 2", "digits train[:1003]"),
+        *("# ViTForImageClassification, exported by mae_jax", "8x8, 1 channel(s), patches of 2", "digits train[:1003]"),
         *("100 steps of 64 images", f"{top1:.4g}", "AutoModelForImageClassification.from_pretrained("),
     ):
         assert words in card
