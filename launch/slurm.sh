@@ -7,8 +7,8 @@
 #
 #   --dry-run  print the command and do not run it
 #
-# What is asked for by default, and what happens at the time limit, is at the top of launch/slurm.sbatch. Submit with the
-# environment active that has mae-jax, from a folder that all nodes see: the job inherits both. All nodes have to see
+# What is asked for by default, and what happens at the time limit, is at the top of launch/slurm.sbatch. Submit from an
+# environment that has mae-jax and from a folder that all nodes see: the job inherits both. All nodes have to see
 # --workdir too.
 set -euo pipefail
 

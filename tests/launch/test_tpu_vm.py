@@ -99,15 +99,23 @@ else:
 MAE_JAX = """
 import json, os, signal, sys, time
 fake, worker = os.environ["FAKE"], os.path.basename(os.environ["HOME"])
+def end(*_):
+    with open(fake + "/ended", "a") as ended:
+        ended.write(worker)
+    os._exit(143)
+if worker != "0":
+    signal.signal(signal.SIGTERM, end)
 with open(fake + "/calls", "a") as calls:
     calls.write(json.dumps(["mae-jax", worker, os.path.basename(os.getcwd()), *sys.argv[1:]]) + "\\n")
 if worker != "0":
-    def end(*_):
-        with open(fake + "/ended", "a") as ended:
-            ended.write(worker)
-        os._exit(143)
-    signal.signal(signal.SIGTERM, end)
     time.sleep(20)
+while True:  # nothing happens before the other has started too, and is followed
+    calls = [json.loads(line) for line in open(fake + "/calls") if line.endswith("\\n")]
+    starts = [call[1] for call in calls if call[0] == "mae-jax"]
+    *_, connection = [call[-1] for call in calls if call[4:5] == ["ssh"]]
+    if starts.count("1") == starts.count("0") and ("sh follow" in connection or "sh attach" in connection):
+        break
+    time.sleep(0.02)
 with open(fake + "/jobs") as file:
     now, *rest = file.read().splitlines()
 with open(fake + "/jobs", "w") as file:
