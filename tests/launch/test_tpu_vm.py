@@ -99,6 +99,7 @@ else:
 MAE_JAX = """
 import json, os, signal, sys, time
 fake, worker = os.environ["FAKE"], os.path.basename(os.environ["HOME"])
+signal.alarm(30)  # whatever becomes of the test
 def end(*_):
     with open(fake + "/ended", "a") as ended:
         ended.write(worker)
@@ -108,7 +109,7 @@ if worker != "0":
 with open(fake + "/calls", "a") as calls:
     calls.write(json.dumps(["mae-jax", worker, os.path.basename(os.getcwd()), *sys.argv[1:]]) + "\\n")
 if worker != "0":
-    time.sleep(20)
+    signal.pause()
 while True:  # nothing happens before the other has started too, and is followed
     calls = [json.loads(line) for line in open(fake + "/calls") if line.endswith("\\n")]
     starts = [call[1] for call in calls if call[0] == "mae-jax"]
