@@ -63,10 +63,10 @@ def check(
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     config.classes = data.opened.labels
-    if init:
-        before = models.load_config(init).pixels
-        if before.to_dict() != config.pixels.to_dict():
-            print(f"note: {init} was trained on pixels of {dict(before)}, and config.pixels is {dict(config.pixels)}")
+    with contextlib.suppress(CheckpointError):  # of a run that goes on, what it began with may be gone
+        before = dict(models.load_config(init).pixels) if init else dict(config.pixels)
+        if before != dict(config.pixels):
+            print(f"note: {init} was trained on pixels of {before}, and config.pixels is {dict(config.pixels)}")
     return config, data, held_out
 
 

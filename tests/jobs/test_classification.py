@@ -240,3 +240,9 @@ def test_numbers_of_a_confusion_matrix():
 def test_nothing_to_count_is_an_error_and_not_zero(total):
     with pytest.raises(DataError, match="none has a label"):
         classification.summary(total, ["a", "b"])
+
+
+def test_other_pixels_than_the_encoder_was_trained_on_are_noted(pretrained, tmp_path, tools, capsys):
+    code = tools.run("probe", tmp_path / "run", f"--config.init={pretrained}", "--config.pixels.mean=(0.5,)")
+    assert code == 0
+    assert f"note: {pretrained} was trained on pixels of " in capsys.readouterr().out
