@@ -180,6 +180,7 @@ def mesh_flags(sizes):
     return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh_and_in_other_parts(tmp_path, tools):
     """The newest of its checkpoints is lost, and with it the machine."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
