@@ -54,20 +54,8 @@ def describe(
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{where}: architecture {architecture}; what can be read is {', '.join(ARCHITECTURES)}")
     given = {**DEFAULTS, **settings}
-    wrong = [
-        f"{where}: {key} is {given[key]!r}, not a number above 0"
-        for key in DEFAULTS
-        if key.endswith(COUNTS) and not _counts(given[key], pair=key in ("image_size", "patch_size"))
-    ]
-    if not isinstance(given["layer_norm_eps"], float) or given["layer_norm_eps"] <= 0:
-        wrong.append(f"{where}: layer_norm_eps is {given['layer_norm_eps']!r}, not a number above 0")
-    if not isinstance(given["mask_ratio"], float) or not 0 < given["mask_ratio"] < 1:
-        wrong.append(f"{where}: mask_ratio is {given['mask_ratio']!r}, not a number between 0 and 1")
-    if given.get("qkv_bias", True) is not True:
-        wrong.append(f"{where}: qkv_bias is {given['qkv_bias']!r}; only models with these biases can be read")
-    names = given.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
-    if not isinstance(names, dict) or not all(str(key).isdigit() for key in names):
-        wrong.append(f"{where}: id2label is no table from numbers to names")
+    given["id2label"] = given.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
+    wrong = _wrong(given, where)
     if wrong:
         raise CheckpointError(wrong)
     patch = given["patch_size"]
@@ -100,12 +88,32 @@ def describe(
         config["target"] = {"name": "normalized_pixels" if given["norm_pix_loss"] else "pixels"}
         config["mask"] = {"name": "random", "ratio": given["mask_ratio"]}
     if architecture.endswith("ForImageClassification"):
-        config["classes"] = tuple(name for _, name in sorted((int(i), name) for i, name in names.items()))
+        names = sorted((int(i), name) for i, name in given["id2label"].items())
+        config["classes"] = tuple(name for _, name in names)
         config["head"] = {"pool": "cls", "norm": "none"}
     if architecture.startswith("Beit"):
         config["head"] = {"pool": "mean", "norm": "layer"}
         config["encoder"]["final_norm"] = False
     return config, ARCHITECTURES[architecture][1]
+
+
+def _wrong(given: Mapping, where: str) -> list[str]:
+    """What no model here can have, one line each."""
+    wrong = [
+        f"{where}: {key} is {given[key]!r}, not a number above 0"
+        for key in DEFAULTS
+        if key.endswith(COUNTS) and not _counts(given[key], pair=key in ("image_size", "patch_size"))
+    ]
+    if not isinstance(given["layer_norm_eps"], float) or given["layer_norm_eps"] <= 0:
+        wrong.append(f"{where}: layer_norm_eps is {given['layer_norm_eps']!r}, not a number above 0")
+    if not isinstance(given["mask_ratio"], float) or not 0 < given["mask_ratio"] < 1:
+        wrong.append(f"{where}: mask_ratio is {given['mask_ratio']!r}, not a number between 0 and 1")
+    if given.get("qkv_bias", True) is not True:
+        wrong.append(f"{where}: qkv_bias is {given['qkv_bias']!r}; only models with these biases can be read")
+    names = given["id2label"]
+    if not isinstance(names, dict) or not all(str(key).isdigit() for key in names):
+        wrong.append(f"{where}: id2label is no table from numbers to names")
+    return wrong
 
 
 def _architecture(settings: Mapping, present: Container[str]) -> str:
