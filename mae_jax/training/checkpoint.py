@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -90,9 +91,26 @@ def write(workdir: Path, config: dict, params: dict) -> None:
     Few are written at a time, so that memory holds little more than them.
     """
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=0.05)
-    with contextlib.closing(_manager(workdir / FOLDER, handler, enable_async_checkpointing=False)) as manager:
+    with (
+        _undisturbed(),
+        contextlib.closing(_manager(workdir / FOLDER, handler, enable_async_checkpointing=False)) as manager,
+    ):
         args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), config=ocp.args.JsonSave(config))
         manager.save(0, args=args)
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """SIGTERM and Ctrl-C wait: Orbax's threads would go on writing after the exception, whatever is deleted then."""
+    received = []
+    before = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)
 
 
 def read(path: str | Path, trees: tuple[str, ...]) -> dict[str, dict]:

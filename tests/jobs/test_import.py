@@ -1,6 +1,7 @@
 """The import job: its flags, what it changes on the way, and that other jobs take what it writes."""
 
 import os
+import signal
 import sys
 
 import jax
@@ -467,3 +468,17 @@ def test_where_nothing_can_be_written_is_one_line(workdir, classifier, tmp_path,
     code = main(["import", f"--from={classifier[0]}", f"--workdir={workdir}", "--heads=2"])
     tools.refused(capsys, code, 2, "empty: is the current folder" if workdir == "." else workdir)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["classifier.safetensors", "empty"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_it_writes_leaves_nothing(number, code, classifier, tmp_path, monkeypatch, capsys):
+    save = checkpoint.ocp.CheckpointManager.save
+
+    def save_disturbed(self, *args, **options):
+        signal.raise_signal(number)
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save_disturbed)
+    assert main(["import", f"--from={classifier[0]}", f"--workdir={tmp_path}/ours", "--heads=2"]) == code
+    assert "interrupted" in capsys.readouterr().err
+    assert not [p for p in tmp_path.iterdir() if "ours" in p.name]
