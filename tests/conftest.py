@@ -36,3 +36,19 @@ def quick_compilation(tmp_path_factory):
     for name, (_, default) in settings.items():
         jax.config.update(name, default)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """A function that looks at how a job was refused."""
+
+    def refused(capsys, code, expected, *found):
+        """Make sure that a job ended with exit code `expected` and nothing but lines that say why; the lines."""
+        told = capsys.readouterr().err.splitlines()
+        assert code == expected, told
+        assert told and all(line.startswith("mae-jax: ") for line in told)
+        for words in found:
+            assert any(words in line for line in told), (words, told)
+        return told
+
+    return refused

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from mae_jax.errors import CheckpointError, ConfigError
 from mae_jax.interchange.huggingface import IMAGENET, are_numbers, mlp_ratio
 from mae_jax.interchange.names import ORIGINAL, count_blocks
+from mae_jax.model.layers import EPSILON
 from mae_jax.model.vit import SIZES
 
 # Heads by width, where nothing else says so: the sizes of ViT, and the decoder of the paper (512 wide).
@@ -103,7 +104,7 @@ def _transformer(
         "heads": heads[0] if heads else usual.get(width, 1),
         "mlp_ratio": mlp_ratio(hidden, width),
         "positions": "learned",
-        "epsilon": 1e-6,
+        "epsilon": EPSILON,
     }
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -164,12 +163,8 @@ def whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        for _ in range(50):  # threads that were interrupted may still write there
-            with contextlib.suppress(OSError):
-                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
-            if not os.path.lexists(unfinished):
-                break
-            time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         for parent in missing:
             with contextlib.suppress(OSError):  # as they are not empty when all went well
                 parent.rmdir()

@@ -210,7 +210,7 @@ def _complete(config: dict, pixels: dict, classes: Sequence[str], held_out_augme
         "batch_size": 256,
         "held_out_augment": held_out_augment,
     }
-    if classes and "classes" in config:
+    if classes:
         config["classes"] = tuple(classes)
     return {"data": data, "pixels": pixels, "dtype": "float32", "seed": 0, "init": "", **config}
 

@@ -89,7 +89,7 @@ def load_encoder(path: str | Path, **unsaid) -> tuple[ViT, dict]:
     """
     if foreign.is_foreign(path):
         config, params, _ = foreign.read(path, **unsaid)
-        return ViT(**config["encoder"]), jax.tree.map(jnp.asarray, params["encoder"])
+        return ViT(**config["encoder"]), params["encoder"]
     config = load_config(path)
     encoder = ViT(**config.encoder)
     abstract = {"encoder": encoder_shapes(encoder, config)}

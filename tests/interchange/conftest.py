@@ -264,18 +264,8 @@ def assert_bits(got, want):
         assert got[name].tobytes() == value.tobytes(), name
 
 
-def refused(capsys, code, expected, *found):
-    """Make sure that a job ended with exit code `expected` and nothing but lines that say why; the lines."""
-    told = capsys.readouterr().err.splitlines()
-    assert code == expected, told
-    assert told and all(line.startswith("mae-jax: ") for line in told)
-    for words in found:
-        assert any(words in line for line in told), (words, told)
-    return told
-
-
 @pytest.fixture(scope="session")
-def worlds():
+def worlds(refused):
     """The functions above; test modules cannot import a conftest."""
     functions = (hugging_face_shapes, draw, fixed_positions, settings, write_hugging_face, as_original, original_shapes)
     functions += (flags_for, noise_and_images, mask_of, import_, names_in, assert_bits, refused)

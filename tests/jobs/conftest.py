@@ -154,18 +154,8 @@ def check_picture(path, least=300):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
-def refused(capsys, code, expected, *found):
-    """Make sure that a job ended with exit code `expected` and nothing but lines that say why; the lines."""
-    told = capsys.readouterr().err.splitlines()
-    assert code == expected, told
-    assert told and all(line.startswith("mae-jax: ") for line in told)
-    for words in found:
-        assert any(words in line for line in told), (words, told)
-    return told
-
-
 @pytest.fixture(scope="session")
-def tools():
+def tools(refused):
     """The functions above; test modules cannot import a conftest."""
     names = (run, read_json, lines_of, state_of, part_of, flat, assert_equal, held_out, check_numbers, check_picture)
     return SimpleNamespace(with_everything=WITH_EVERYTHING, **{f.__name__: f for f in (*names, refused)})
