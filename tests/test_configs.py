@@ -80,7 +80,8 @@ def test_imagenet_recipes_have_the_numbers_of_the_paper(name):
     assert tuple(config.pixels.std) == (0.229, 0.224, 0.225)
     assert config.mask.to_dict() == {"name": "random", "ratio": 0.75}
     assert config.target.to_dict() == {"name": "normalized_pixels"}
-    assert config.decoder.to_dict() == {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none"}
+    decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none", "attention": "auto"}
+    assert config.decoder.to_dict() == decoder
     assert config.optim.to_dict() == {
         "name": "adamw",
         "base_learning_rate": 1.5e-4,
