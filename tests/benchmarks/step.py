@@ -64,10 +64,11 @@ def repeated(step, state, batch):
     return run, step.memory_analysis().temp_size_in_bytes
 
 
-def training_step(config, model=None, devices=1):
+def training_step(config, model=None, **sizes):
     """This project's own train step: the jitted function, its state as shapes, how to make that, and a batch.
 
-    Of `model` in place of the autoencoder that `config` describes, if one is given.
+    Of `model` in place of the autoencoder that `config` describes, if one is given; on a mesh of `sizes`, or on one
+    device.
     """
     import jax
     import numpy as np
@@ -77,7 +78,7 @@ def training_step(config, model=None, devices=1):
     from mae_jax.training.loop import create_state, make_train_step
     from mae_jax.training.sharding import batch_sharding, make_mesh
 
-    mesh = make_mesh(data=devices)
+    mesh = make_mesh(**{"data": 1} | sizes)
     autoencoder, target = models.build(config)
     model = model or autoencoder
     tx, schedule = optim.make(config.data.batch_size, 10_000, 100, **config.optim)
