@@ -77,9 +77,12 @@ def work(kind, size, devices, batch, steps):
     step = lowered.compile()
     times = [*(between - began), *(clock() - between)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    run, temporary = repeated(step, new_state(), batch)
-    seconds = run(1) or seconds_of(run, steps) if steps else None
-    print(json.dumps([*times, peak, temporary / 1e6, seconds]))
+    seconds = None
+    if steps:
+        run, _ = repeated(step, new_state(), batch)
+        run(1)
+        seconds = seconds_of(run, steps)
+    print(json.dumps([*times, peak, step.memory_analysis().temp_size_in_bytes / 1e6, seconds]))
 
 
 def main():
