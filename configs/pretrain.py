@@ -61,7 +61,7 @@ def paper() -> ConfigDict:
         "cache": "",
     }
     config.pixels = IMAGENET
-    config.mask = {"name": "random", "ratio": 0.75}
+    config.mask = {"name": "random", "ratio": 0.75, "unit": 1}
     config.target = {"name": "normalized_pixels"}
     # remat "dots" or "full" needs less memory, and computes what it does not keep a second time
     config.encoder = {"patch_size": 16, "mlp_ratio": 4.0, **SIZES["B"], "remat": "none"}

@@ -54,7 +54,7 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     if config.optim.layer_decay != 1:
         problems.append("config.optim.layer_decay: is for fine-tuning; leave it out")
     wrong = image_size_problems(config)
-    problems += wrong or ratio_problems(config, grid_of(data.image_size, patch))
+    problems += wrong or mask_problems(config, grid_of(data.image_size, patch))
     return problems + transformer_problems("encoder", encoder, 1) + transformer_problems("decoder", decoder, 0)
 
 
@@ -141,13 +141,16 @@ def seed_problems(config: ConfigDict) -> list[str]:
     return [] if 0 <= config.seed < 2**32 else [f"config.seed: {config.seed} is not between 0 and {2**32 - 1}"]
 
 
-def ratio_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
-    """What is wrong with config.mask.ratio for a `grid` of patches: a line, or none."""
+def mask_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
+    """What is wrong with the numbers of config.mask for a `grid` of patches, one line each."""
+    (rows, cols), problems = grid, []
     try:
-        masking.visible_count(grid[0] * grid[1], config.mask.ratio)
+        masking.visible_count(rows * cols, config.mask.ratio)
     except ValueError as error:
-        return [f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some"]
-    return []
+        problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some")
+    if not 1 <= config.mask.unit < max(rows, cols, 2):
+        problems.append(f"config.mask.unit: {config.mask.unit} is not from 1 on and smaller than {rows}x{cols} patches")
+    return problems
 
 
 def run_problems(config: ConfigDict) -> list[str]:

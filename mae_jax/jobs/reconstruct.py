@@ -74,7 +74,7 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
     config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES, own_problems)
     if "decoder" not in trained:
         raise ConfigError([*problems, f"config.init: {config.init} holds no decoder; name a run of pretrain"])
-    problems += checks.ratio_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
+    problems += checks.mask_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask
     data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:
