@@ -14,8 +14,8 @@ from mae_jax.data.augment import AUGMENTATIONS, DRAWING_NOTHING
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
-from mae_jax.jobs import models
-from mae_jax.model import classifier, masking, targets
+from mae_jax.jobs import fitting, models
+from mae_jax.model import classifier, losses, masking, targets
 from mae_jax.model.layers import POSITIONS, REMAT
 from mae_jax.model.patches import grid_of
 from mae_jax.training import optim
@@ -42,13 +42,15 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     problems = sampling_problems(config) + unknown_names(
         {
             "config.target.name": (config.target.name, targets.TARGETS),
+            "config.loss.name": (config.loss.name or "l2", losses.LOSSES),
+            "config.loss.patches": (config.loss.patches, losses.PATCHES),
             "config.monitor.pool": (config.monitor.pool, classifier.POOLS),
         }
         | dtype_choice(config)
     )
     patch = encoder.patch_size
-    if config.target.name == "normalized_pixels" and patch**2 * data.channels < 2:
-        problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
+    if config.target.name in targets.TARGETS and patch >= 1 and data.channels >= 1:
+        problems += target_problems(config)
     if encoder.drop_path or not encoder.final_norm:
         problems.append("config.encoder: drop_path and final_norm=False are for fine-tuning; leave them out")
     if config.optim.layer_decay != 1:
@@ -56,6 +58,35 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     wrong = image_size_problems(config)
     problems += wrong or mask_problems(config, grid_of(data.image_size, patch))
     return problems + transformer_problems("encoder", encoder, 1) + transformer_problems("decoder", decoder, 0)
+
+
+def target_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with what is predicted of a patch and how that is judged, one line each."""
+    name, size, values = config.target.name, config.target.size, models.patch_values(config)
+    target, problems = targets.make(config.encoder.patch_size, name=name, size=size), []
+    if name == "normalized_pixels" and values < 2:
+        problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
+    if size is not None and not target.fit:
+        problems.append(f"config.target.size: {name} has no size; leave it out")
+    elif size is not None and size < 1:
+        problems.append(f"config.target.size: {size} is below 1")
+    elif name == "pca" and len(target.unfitted(values)["components"]) > values:
+        told = "96, the default," if size is None else size
+        problems.append(f"config.target.size: {told} is more than the {values} values of a patch have components")
+    loss = config.loss.name
+    if loss in losses.LOSSES and not losses.fits(loss, target.loss):
+        fitting_ones = ", ".join(other for other in losses.LOSSES if losses.fits(other, target.loss))
+        problems.append(f"config.loss.name: {loss} is not for the target {name}; use {fitting_ones}, or '' for its own")
+    return problems
+
+
+def fitting_problems(config: ConfigDict, data: Dataset) -> list[str]:
+    """What is wrong with the number of training images for a target that is fitted to them: a line, or none."""
+    target = targets.make(config.encoder.patch_size, **config.target)
+    found, needed = fitting.patch_count(config, data), max(map(len, target.unfitted(1).values()), default=0)
+    if found >= needed:
+        return []
+    return [f"config.target.size: {needed}, but there are only {found} patches of training images to fit it to"]
 
 
 def classifier_problems(config: ConfigDict) -> list[str]:

@@ -26,8 +26,17 @@ def build(config: Mapping) -> tuple[MAE, Target]:
     """The autoencoder that a pre-training config describes, and the target it is trained for."""
     encoder = ViT(**config["encoder"], dtype=config["dtype"])
     target = targets.make(encoder.patch_size, **config["target"])
-    width = jax.eval_shape(target.encode, example_images(config)).shape[-1]
+
+    def values(images):
+        return target.values(target.encode(images, target.unfitted(patch_values(config))))
+
+    width = jax.eval_shape(values, example_images(config)).shape[-1]
     return MAE(encoder, Decoder(width, **config["decoder"], dtype=config["dtype"])), target
+
+
+def patch_values(config: Mapping) -> int:
+    """P*P*C, the pixels of a patch."""
+    return config["encoder"]["patch_size"] ** 2 * config["data"]["channels"]
 
 
 def example_images(config: Mapping) -> jax.ShapeDtypeStruct:
@@ -37,11 +46,16 @@ def example_images(config: Mapping) -> jax.ShapeDtypeStruct:
 
 
 def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
-    """Fresh parameters of `model`: {"encoder": ..., "decoder": ...}, all float32. To be jitted, or for `eval_shape`."""
+    """Fresh parameters of `model`: {"encoder": ..., "decoder": ...}, all float32. To be jitted, or for `eval_shape`.
+
+    Where the target is one that is fitted to images, zeros stand for that: {..., "target": ...}.
+    """
     images = jnp.zeros(example_images(config).shape)
     grid = grid_of(images.shape[1:3], model.encoder.patch_size)
     mask = masking.sample(key, 1, grid, **config["mask"])
-    return model.init(key, images, mask)["params"]
+    params = model.init(key, images, mask)["params"]
+    unfitted = targets.make(model.encoder.patch_size, **config["target"]).unfitted(patch_values(config))
+    return params | ({"target": unfitted} if unfitted else {})
 
 
 def load_config(path: str | Path, **unsaid) -> ConfigDict:
@@ -57,6 +71,8 @@ def load_config(path: str | Path, **unsaid) -> ConfigDict:
 
 def load(path: str | Path) -> tuple[MAE, dict]:
     """A trained autoencoder, computing in float32, and its parameters, {"encoder": ..., "decoder": ...}.
+
+    Besides them, "target" is what its target was fitted to, where it was to anything.
 
     Args:
       path: a workdir, whose newest checkpoint is read, or one checkpoint in it.

@@ -8,7 +8,7 @@ held-out split of its training data or another one (config.split). Writes into t
 
     config.json                       the config, complete
     reconstructions/ratio_R.png       a row per image: original, masked, reconstruction, visible patches pasted in
-    results.json                      the loss of each image on its hidden patches, and their mean
+    results.json                      the loss of each image, as in training, and their mean
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
         raise ConfigError([*problems, f"config.init: {config.init} holds no decoder; name a run of pretrain"])
     problems += checks.mask_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask
+    if "loss" not in trained:  # of a model made elsewhere, or before there was a choice
+        trained.loss = {}
     data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:
         data = dataclasses.replace(data, source="files", path=config.images)

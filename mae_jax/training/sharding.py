@@ -37,8 +37,8 @@ RULES = (
     # layers that stand alone: the model's width is what is split, as it is what divides
     (r"(patch_embedding|embedding)/kernel", P(None, "fsdp")),
     (r"head/kernel", P("fsdp", None)),
-    # what is small is on every device: biases, norms, tokens, positions, statistics, counts
-    (r"bias|scale|cls_token|mask_token|positions|mean|var|step|count", P()),
+    # what is small is on every device: biases, norms, tokens, positions, statistics, targets, counts
+    (r"bias|scale|cls_token|mask_token|positions|mean|var|components|centroids|step|count", P()),
 )
 
 

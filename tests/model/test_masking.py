@@ -13,6 +13,7 @@ from mae_jax.model import masking
 from mae_jax.model.masking import SAMPLERS, Mask, from_scores, take, visible_count
 
 GRIDS = [(4, 4), (2, 9), (7, 3)]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
 
