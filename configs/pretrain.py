@@ -61,7 +61,8 @@ def paper() -> ConfigDict:
         "cache": "",
     }
     config.pixels = IMAGENET
-    config.mask = {"name": "random", "ratio": 0.75, "unit": 1}
+    config.mask = {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0}
+    config.mask_schedule = {"start": placeholder(float), "stages": 4}  # start: another ratio to begin with
     config.target = {"name": "normalized_pixels", "size": placeholder(int)}  # or pca, tokens of a size, hog, pixels
     config.loss = {"name": "", "patches": "hidden"}  # or l2, l1, smooth_l1, cross_entropy; all. Empty: the target's own
     # remat "dots" or "full" needs less memory, and computes what it does not keep a second time

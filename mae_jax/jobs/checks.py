@@ -27,6 +27,7 @@ NO_INIT = "config.init: empty; name the workdir of a training run, or one of its
 
 # The least values of settings that count something.
 LEAST = {
+    "mask_schedule": {"stages": 2},
     "data": {"per_class": 0, "subset_seed": 0},
     "log": {"every": 1},
     "eval": {"every": 0, "images": 1},
@@ -57,6 +58,7 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
         problems.append("config.optim.layer_decay: is for fine-tuning; leave it out")
     wrong = image_size_problems(config)
     problems += wrong or mask_problems(config, grid_of(data.image_size, patch))
+    problems += wrong or start_problems(config, grid_of(data.image_size, patch))
     return problems + transformer_problems("encoder", encoder, 1) + transformer_problems("decoder", decoder, 0)
 
 
@@ -181,7 +183,19 @@ def mask_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
         problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some")
     if not 1 <= config.mask.unit < max(rows, cols, 2):
         problems.append(f"config.mask.unit: {config.mask.unit} is not from 1 on and smaller than {rows}x{cols} patches")
+    if config.mask.temperature <= 0:
+        problems.append(f"config.mask.temperature: {config.mask.temperature} is not above 0")
     return problems
+
+
+def start_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
+    """What is wrong with config.mask_schedule.start for a `grid` of patches: a line, or none."""
+    try:
+        if config.mask_schedule.start is not None:
+            masking.visible_count(grid[0] * grid[1], config.mask_schedule.start)
+    except ValueError as error:
+        return [f"config.mask_schedule.start: {error}; give a ratio between 0 and 1, or leave it out"]
+    return []
 
 
 def run_problems(config: ConfigDict) -> list[str]:

@@ -14,7 +14,9 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import foreign
 from mae_jax.model import masking, targets
+from mae_jax.model.attention import attended
 from mae_jax.model.mae import MAE, Decoder
+from mae_jax.model.masking import Mask
 from mae_jax.model.patches import grid_of, position_rows, resize_positions
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
@@ -56,6 +58,26 @@ def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
     params = model.init(key, images, mask)["params"]
     unfitted = targets.make(model.encoder.patch_size, **config["target"]).unfitted(patch_values(config))
     return params | ({"target": unfitted} if unfitted else {})
+
+
+def mask_of(model: MAE, config: Mapping, params: dict, images: jax.Array, noise: jax.Array) -> Mask:
+    """The mask that the encoder's own attention decides (`masking.guided`); no gradient goes through it.
+
+    Args:
+      images: f32[N,H,W,C], normalised.
+      noise: from `mask_noise`.
+    """
+    seen = attended(model.encoder, jax.lax.stop_gradient(params["encoder"]), images)
+    grid = grid_of(images.shape[1:3], model.encoder.patch_size)
+    return masking.guided(noise, seen, grid, **config["mask"])
+
+
+def mask_noise(config: Mapping, key: jax.Array, num: int) -> jax.Array:
+    """What is random in such a mask."""
+    units = masking.units_of(
+        grid_of(config["data"]["image_size"], config["encoder"]["patch_size"]), config["mask"]["unit"]
+    )
+    return masking.SAMPLERS[config["mask"]["name"]](key, num, units)
 
 
 def load_config(path: str | Path, **unsaid) -> ConfigDict:

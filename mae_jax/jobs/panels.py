@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import DataError
+from mae_jax.jobs import models
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE
 from mae_jax.model.masking import Mask
@@ -34,10 +35,12 @@ def first_images(data: Dataset, count: int) -> tuple[np.ndarray, list[str]]:
     return batch["image"][readable], [source.name(int(i)) for i in readable]
 
 
-def sample_mask(config: Mapping, key: jax.Array, count: int) -> Mask:
-    """Masks for `count` images of the model that `config` describes, as config.mask says."""
-    grid = grid_of(config["data"]["image_size"], config["encoder"]["patch_size"])
-    return masking.sample(key, count, grid, **config["mask"])
+def sample_mask(model: MAE, config: ConfigDict, params: dict, images: np.ndarray, key: jax.Array) -> Mask:
+    """Masks for images uint8[N,H,W,C] as config.mask says."""
+    if config.mask.name in masking.GUIDED:
+        guided = jax.jit(lambda *args: models.mask_of(model, config, *args))
+        return guided(params, normalize(images, **config.pixels), models.mask_noise(config, key, len(images)))
+    return masking.sample(key, len(images), grid_of(images.shape[1:3], model.encoder.patch_size), **config.mask)
 
 
 def make_panels(model: MAE, target: Target, config: ConfigDict) -> Callable:

@@ -65,11 +65,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
     else:
         print("no eval/knn: the training and the held-out split have no labels, or other ones")
     begins = run.checkpoints.latest_step is None
+    stages = []
+    for step, ratio in masking.ratios(run.steps, config.mask.ratio, **config.mask_schedule):
+        then = ConfigDict({**config, "mask": {**config.mask, "ratio": ratio}})
+        stages.append((step, make_draw(model, then), make_loss(model, target, then)))
+    (_, draw, loss_fn), *later = stages
     run.train(
         lambda key: (models.init(model, config, key), {}),
-        make_draw(model, config),
-        make_loss(model, target, config),
+        draw,
+        loss_fn,
         hooks,
+        later=later,
         start={"target": fitting.fit(target, config, data)} if begins and target.fit else {},
         trained=trained,
     )
@@ -89,6 +95,8 @@ def make_draw(model: MAE, config: ConfigDict) -> Callable:
     """What is random in a step, `f(batch, key)`: the batch with a mask."""
 
     def draw(batch, key):
+        if config.mask.name in masking.GUIDED:  # the mask depends on parameters too
+            return batch | {"noise": models.mask_noise(config, key, len(batch["image"]))}
         grid = grid_of(batch["image"].shape[1:3], model.encoder.patch_size)
         mask = masking.sample(key, len(batch["image"]), grid, **config.mask)  # K of L patches stay visible
         return batch | {"mask": mask}
@@ -96,11 +104,19 @@ def make_draw(model: MAE, config: ConfigDict) -> Callable:
     return draw
 
 
+def with_mask(model: MAE, config: ConfigDict, params, drawn: dict) -> dict:
+    """A batch from `make_draw` with its mask, where that is for the encoder to say."""
+    if config.mask.name not in masking.GUIDED:
+        return drawn
+    images = normalize(drawn["image"], **config.pixels)
+    return drawn | {"mask": models.mask_of(model, config, params, images, drawn["noise"])}
+
+
 def predict(model: MAE, target: Target, config: ConfigDict, params, masked: dict, every_patch: bool = False):
     """The path of an image: predictions [N,L-K,T] of the hidden patches, and what they should be, f32[N,L-K,T].
 
     Args:
-      masked: a batch with a mask, from `make_draw`.
+      masked: a batch from `make_draw`, with `with_mask`.
       every_patch: of all patches, row by row, not of the hidden ones alone.
     """
     images, mask = normalize(masked["image"], **config.pixels), masked["mask"]  # uint8 to f32[N,H,W,C]
@@ -114,7 +130,8 @@ def make_loss(model: MAE, target: Target, config: ConfigDict) -> Callable:
     loss, every_patch = losses.make(target.loss, **config.loss)
 
     def loss_fn(params, stats, examples):
-        return loss(*predict(model, target, config, params, examples, every_patch)), stats
+        masked = with_mask(model, config, params, examples)
+        return loss(*predict(model, target, config, params, masked, every_patch)), stats
 
     return loss_fn
 
@@ -151,7 +168,7 @@ def evaluation(
     @jax.jit
     def measure(state, batch, key):
         params, guess = state
-        masked = draw(batch, key)
+        masked = with_mask(model, config, params, draw(batch, key))
         pred, want = predict(model, target, config, params, masked, every_patch)
         guess = jnp.broadcast_to(guess, pred.shape) if every_patch else guess[masked["mask"].hidden]
         return {"loss": loss(pred, want), "baseline_loss": loss(guess, want)}
@@ -188,10 +205,10 @@ def pictures(
 ) -> Hook:
     """A hook that draws the same `count` held-out images under the same masks, every `every` steps."""
     images, _ = panels.first_images(held_out, count)
-    mask = panels.sample_mask(config, run.eval_key, len(images))
     draw = panels.make_panels(model, target, config)
 
     def hook(state, step):
+        mask = panels.sample_mask(model, config, state.params, images, run.eval_key)
         drawn, _ = draw(state.params, images, mask)
         run.writer.picture(step, "reconstructions", panels.sheet(np.asarray(drawn)))
 
@@ -203,6 +220,7 @@ SCHEMA = {
     "data": Dataset,
     "pixels": normalize,
     "mask": masking.sample,
+    "mask_schedule": masking.ratios,
     "target": targets.make,
     "loss": losses.make,
     "encoder": ViT,

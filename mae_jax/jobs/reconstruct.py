@@ -40,7 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     model, params = models.load(config.init)
     _, target = models.build(trained)
     images, names = panels.first_images(data, data.examples.size if config.images else config.count)
-    mask = panels.sample_mask(trained, jax.random.key(config.seed), len(images))
+    mask = panels.sample_mask(model, trained, params, images, jax.random.key(config.seed))
     drawn, loss = panels.make_panels(model, target, trained)(params, images, mask)
 
     write_json(workdir / "config.json", to_json(config))

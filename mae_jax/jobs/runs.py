@@ -19,7 +19,7 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError
 from mae_jax.training import metrics, optim
 from mae_jax.training.checkpoint import Checkpoints, steps_in
-from mae_jax.training.loop import Hook, State, all_of, create_state, fit, make_train_step, total_steps
+from mae_jax.training.loop import Hook, State, all_of, create_state, fit, in_turn, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
 FREE = ("encoder.remat", "decoder.remat")  # of the model, but nothing it learns depends on it
@@ -78,6 +78,7 @@ class Run:
         loss_fn: Callable,
         hooks: Sequence[Hook],
         batches: Dataset | None = None,
+        later: Sequence[tuple[int, Callable, Callable]] = (),
         start: dict | None = None,
         trained: Callable[[str], bool] = all_of,
         layer_of: Callable[[str], int] | None = None,
@@ -91,6 +92,7 @@ class Run:
           draw, loss_fn, trained, ema: as in `make_train_step`.
           hooks: to call besides saving.
           batches: what to take batches from, if not from `data`.
+          later: what comes in place of `draw` and `loss_fn`, and from which step on.
           start: parameters for a new run to begin with in place of those of `init`; a part of the tree.
           layer_of, exempt: as in `optim.make`.
         """
@@ -108,9 +110,9 @@ class Run:
             "compiling",
             flush=True,
         )
-        train_step = make_train_step(
-            draw, loss_fn, tx, schedule, self.train_key, self.mesh, trained, ema, config.accumulate
-        )
+        settings = (tx, schedule, self.train_key, self.mesh, trained, ema, config.accumulate)
+        stages = [(step, make_train_step(*pair, *settings)) for step, *pair in [(0, draw, loss_fn), *later]]
+        train_step = in_turn(stages, first) if later else stages[0][1]
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
         progress = metrics.Progress(self.writer, self.steps, data.batch_size)
         examples = (batches or data).shuffled(config.seed, first, batch_sharding(self.mesh))

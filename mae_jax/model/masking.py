@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mae_jax.model.samplers import GUIDED, SAMPLERS
+
 
 @struct.dataclass
 class Mask:
@@ -49,75 +51,6 @@ def visible_count(num_patches: int, ratio: float) -> int:
     return count
 
 
-def random_scores(key: jax.Array, num: int, grid: Sequence[int]) -> jax.Array:
-    """Uniform noise: every patch is as likely to be hidden as any other (paper section 3, the default)."""
-    return jax.random.uniform(key, (num, grid[0] * grid[1]))
-
-
-BLOCKS = 64  # drawn for each sample: enough to hide nine tenths of any grid but for a patch or two
-BLOCK_AREA = (0.08, 0.4)  # of the grid: from 16 to 75 of 196 patches
-BLOCK_ASPECT = 0.3  # and up to its inverse
-
-
-def block_scores(key: jax.Array, num: int, grid: Sequence[int]) -> jax.Array:
-    """Rectangles anywhere in the grid, hidden one after the other (BEiT, arXiv 2106.08254, algorithm 1).
-
-    The last one that K needs is made smaller from all sides; there, none is larger than what is left to hide. What no
-    rectangle covers is hidden last, in random order. As there, all lie within the grid, and so leave its border visible
-    more often than its middle.
-    """
-    (rows, cols), block_key, rest_key = grid, *jax.random.split(key)
-    draws = jax.random.uniform(block_key, (4, num, BLOCKS, 1))
-    area = (BLOCK_AREA[0] + draws[0] * (BLOCK_AREA[1] - BLOCK_AREA[0])) * (rows * cols)
-    aspect = BLOCK_ASPECT ** (2 * draws[1] - 1)
-    height = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, rows)
-    width = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, cols)
-    top, left = jnp.floor(draws[2] * (rows - height + 1)), jnp.floor(draws[3] * (cols - width + 1))
-    down = jnp.abs(jnp.arange(rows).reshape(1, 1, -1) - top - (height - 1) / 2) / height  # [N,BLOCKS,rows]
-    across = jnp.abs(jnp.arange(cols).reshape(1, 1, -1) - left - (width - 1) / 2) / width
-    distance = jnp.maximum(down[:, :, :, None], across[:, :, None, :])  # from the centre, below 1/2 within the block
-    turn = jnp.arange(BLOCKS).reshape(1, -1, 1, 1) + distance
-    turn = jnp.where(distance < 0.5, turn, jnp.inf).min(axis=1)  # [N,rows,cols]: which block hides a patch first
-    rest = BLOCKS + jax.random.uniform(rest_key, turn.shape)
-    return -jnp.where(turn < BLOCKS, turn, rest).reshape(num, -1)
-
-
-def grid_scores(key: jax.Array, num: int, grid: Sequence[int]) -> jax.Array:
-    """One patch of every 2x2 stays, the same in all samples (paper figure 6); nothing is drawn.
-
-    Any other ratio has the most regular pattern that there is for it, the order of Bayer's dither matrix: 1/2 is a
-    chequerboard, 15/16 keeps one patch of every 4x4.
-    """
-    # where the number of rows is odd, the second row is the first to stay: a quarter of 7x7 is 3x4, not 4x4
-    row, col = np.indices(grid) + np.array([grid[0] % 2, 0]).reshape(2, 1, 1)
-    rank = np.zeros(grid, np.int64)
-    for bit in range(int(max(grid)).bit_length()):
-        r, c = row >> bit & 1, col >> bit & 1
-        rank = 4 * rank + 2 * (r ^ c) + r
-    return _same_for_all(np.argsort(np.argsort(rank, axis=None)), num)
-
-
-def centre_scores(key: jax.Array, num: int, grid: Sequence[int]) -> jax.Array:
-    """The middle is hidden, of the shape of the grid, the same in all samples; nothing is drawn.
-
-    As in the Context Encoder (arXiv 1604.07379, section 3.2), which hides a quarter of the image.
-    """
-    down, across = (np.abs(np.arange(side) - (side - 1) / 2) / side for side in grid)
-    ring = np.maximum.outer(down, across)
-    within = np.add.outer(down, across) / (4 * max(grid))  # a ring that K cuts is hidden from its sides' middles on
-    return _same_for_all(-(ring + within).ravel(), num)
-
-
-def _same_for_all(scores: np.ndarray, num: int) -> jax.Array:
-    return jnp.tile(jnp.asarray(scores, jnp.float32)[None], (num, 1))
-
-
-# A sampler is `f(key, num, grid) -> f32[N,L]`, one score per patch of each of `num` samples; the K patches of
-# lowest score stay visible. So every sampler keeps exactly K patches per sample and has static shapes. One of one's
-# own is a row more: `SAMPLERS["mine"] = f`.
-SAMPLERS = {"random": random_scores, "block": block_scores, "grid": grid_scores, "centre": centre_scores}
-
-
 def from_scores(scores: jax.Array, ratio: float) -> Mask:
     """The mask that keeps the lowest scores: f32[N,L] to K visible and L-K hidden patches, lowest score first."""
     count = visible_count(scores.shape[1], ratio)
@@ -147,27 +80,86 @@ def from_removed(removed) -> Mask:
 
 
 def sample(
-    key: jax.Array, num: int, grid: Sequence[int], *, name: str = "random", ratio: float = 0.75, unit: int = 1
+    key: jax.Array,
+    num: int,
+    grid: Sequence[int],
+    *,
+    name: str = "random",
+    ratio: float = 0.75,
+    unit: int = 1,
+    temperature: float = 1.0,
 ) -> Mask:
     """Masks for `num` samples of `grid` = (rows, columns) patches, one independent draw per sample.
 
     Args:
-      name: a row of `SAMPLERS`.
+      name: a row of `SAMPLERS`. The rows of `GUIDED` are `random` here; see `guided`.
       ratio: the share of patches to hide, strictly between 0 and 1.
       unit: patches are hidden in squares of `unit` x `unit`, less at the lower and right border where that does not
         divide (SimMIM, arXiv 2111.09886, hides 32 pixels where a patch has 16). K is the same as for single patches,
         so that one square of each sample may be hidden in part.
+      temperature: of the rows of `GUIDED`: how far they are from hiding what is attended to most, or least, for sure.
     """
-    units = [-(-side // unit) for side in grid]
-    scores = SAMPLERS[name](key, num, units)
-    return from_scores(scores if unit == 1 else _of_patches(scores, units, unit, grid), ratio)
+    return from_scores(_of_patches(SAMPLERS[name](key, num, units_of(grid, unit)), grid, unit), ratio)
 
 
-def _of_patches(scores: jax.Array, units: Sequence[int], unit: int, grid: Sequence[int]) -> jax.Array:
+def guided(
+    noise: jax.Array,
+    attended: jax.Array,
+    grid: Sequence[int],
+    *,
+    name: str = "random",
+    ratio: float = 0.75,
+    unit: int = 1,
+    temperature: float = 1.0,
+) -> Mask:
+    """Masks that hide what is attended to most, or least.
+
+    The squares to hide are drawn without replacement, each as likely as its attention to the power of 1/temperature.
+
+    Args:
+      noise: `SAMPLERS[name](key, num, units_of(grid, unit))`.
+      attended: f32[N,L], above 0: how much each patch is.
+      name: a row of `GUIDED`.
+      ratio, unit, temperature: as in `sample`.
+    """
+    (rows, cols), n = units_of(grid, unit), len(attended)
+    missing = [(0, 0), (0, rows * unit - grid[0]), (0, cols * unit - grid[1])]
+    cut = lambda x: jnp.pad(x.reshape(-1, *grid), missing).reshape(-1, rows, unit, cols, unit)  # noqa: E731
+    mean = cut(attended).sum(axis=(2, 4)) / cut(jnp.ones((1, *attended.shape[1:]))).sum(axis=(2, 4))
+    scores = noise + GUIDED[name] / temperature * jnp.log(mean.reshape(n, -1))
+    return from_scores(_of_patches(scores, grid, unit), ratio)
+
+
+def units_of(grid: Sequence[int], unit: int) -> tuple[int, int]:
+    """Rows and columns of squares of `unit` x `unit` patches, those that the border cuts included."""
+    return -(-grid[0] // unit), -(-grid[1] // unit)
+
+
+def _of_patches(scores: jax.Array, grid: Sequence[int], unit: int) -> jax.Array:
     """The scores of squares of patches, as those of the patches: [N,L'] to the ranks f32[N,L]."""
+    if unit == 1:
+        return scores
     ranks = jnp.argsort(jnp.argsort(scores, axis=1), axis=1)  # no two are equal, so that K cuts no more than one
-    ranks = ranks.reshape(-1, *units).repeat(unit, axis=1).repeat(unit, axis=2)
+    ranks = ranks.reshape(-1, *units_of(grid, unit)).repeat(unit, axis=1).repeat(unit, axis=2)
     return ranks[:, : grid[0], : grid[1]].reshape(len(scores), -1).astype(jnp.float32)
+
+
+def ratios(steps: int, end: float, *, start: float | None = None, stages: int = 4) -> list[tuple[int, float]]:
+    """The share of patches to hide over a run of `steps`: from which step on, and how many.
+
+    It changes in stages, each of which is compiled by itself: the shapes of a step are fixed.
+
+    >>> ratios(100, 0.75, start=0.25, stages=3)
+    [(0, 0.25), (33, 0.5), (66, 0.75)]
+
+    Args:
+      end: that of the last stage.
+      start: that of the first stage; None: all are the last.
+      stages: at least two, of equal length, with equal differences.
+    """
+    if start is None:
+        return [(0, end)]
+    return [(i * steps // stages, start + (end - start) * i / (stages - 1)) for i in range(stages)]
 
 
 def take(patches: jax.Array, index: jax.Array) -> jax.Array:

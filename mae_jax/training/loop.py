@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -142,6 +143,21 @@ def make_train_step(
         norm = 2 * optax.tree.norm(jax.tree.map(lambda g: 0.5 * g, grads))
         scalars = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step)}
         return jax.lax.with_sharding_constraint(new_state, state_sharding(new_state, mesh)), scalars
+
+    return train_step
+
+
+def in_turn(stages: Sequence[tuple[int, Callable]], first: int) -> Callable[[State, dict], tuple[State, dict]]:
+    """One train step made of several, to be called for step `first` and those after it.
+
+    Args:
+      stages: from which step on each is the one, ascending from 0.
+    """
+    numbers = itertools.count(first)  # the state's own step would have to be waited for
+
+    def train_step(state, batch):
+        number = next(numbers)
+        return [step for begins, step in stages if begins <= number][-1](state, batch)
 
     return train_step
 

@@ -131,3 +131,26 @@ def test_every_choice_trains_and_is_looked_at_the_same_on_1_and_8_devices(choice
         for key in one.keys() & {"train/loss", "train/grad_norm", "eval/loss", "eval/baseline_loss"}:
             assert np.isfinite(one[key])
             assert eight[key] == pytest.approx(one[key], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random", "least_attended"])
+def test_a_ratio_schedule_goes_on_where_it_was(name, tmp_path, tools):
+    """Three stages of two steps; the second is cut in half."""
+    change = (f"--config.mask.name={name}", "--config.mask_schedule.start=0.25", "--config.mask_schedule.stages=3")
+    change += ("--config.train.steps=6", "--config.checkpoint.every=3", "--config.optim.warmup_epochs=0.0")
+    for run in ("whole", "parts"):
+        assert pretraining(tmp_path / run, *change) == 0
+    (tmp_path / "parts" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")
+    assert pretraining(tmp_path / "parts", *change) == 0
+    lines = [
+        [line["train/loss"] for line in tools.lines_of(tmp_path / run) if "train/loss" in line]
+        for run in ("whole", "parts")
+    ]
+    assert len(lines[0]) == 6
+    assert lines[0] == lines[1]
+    constant = tmp_path / "constant"
+    assert pretraining(constant, *change[:1], *change[3:]) == 0
+    first = next(line["train/loss"] for line in tools.lines_of(constant) if "train/loss" in line)
+    assert first != lines[0][0]

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mae_jax.model import masking
 from mae_jax.model.masking import SAMPLERS, Mask, from_scores, take, visible_count
+from mae_jax.model.samplers import block_scores
 
 GRIDS = [(4, 4), (2, 9), (7, 3)]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -195,7 +196,7 @@ def test_blocks_are_few_and_large():
 
 def test_the_last_block_is_cut_to_what_is_left_and_the_others_stay_whole():
     """The masks of one key are nested: a higher ratio hides more, and nothing less."""
-    scores = jax.jit(lambda key: masking.block_scores(key, 1, (14, 14)))(jax.random.key(4))
+    scores = jax.jit(lambda key: block_scores(key, 1, (14, 14)))(jax.random.key(4))
     ratios = (0.1, 0.3, 0.5, 0.75, 0.9, 0.99)
     masks = [np.asarray(from_scores(scores, ratio).removed).reshape(14, 14) for ratio in ratios]
     for less, more in itertools.pairwise(masks):
@@ -228,6 +229,13 @@ def test_a_sampler_of_one_s_own_is_a_row(monkeypatch):
     )
     mask = masking.sample(jax.random.key(0), 2, (4, 4), name="rows", ratio=0.5)
     np.testing.assert_array_equal(mask.visible, np.tile(np.arange(8), (2, 1)))
+
+
+def test_a_ratio_goes_from_one_to_another_in_stages():
+    assert masking.ratios(10, 0.75) == [(0, 0.75)]
+    stages = masking.ratios(1000, 0.9, start=0.5)
+    assert [step for step, _ in stages] == [0, 250, 500, 750]
+    np.testing.assert_allclose([ratio for _, ratio in stages], [0.5, 0.5 + 0.4 / 3, 0.9 - 0.4 / 3, 0.9])
 
 
 def test_a_mask_passes_through_jit_as_data():
