@@ -488,7 +488,7 @@ def test_reconstruct_leaves_a_picture_and_the_loss_of_every_image(init, ratio, t
     assert reconstruction(trained / init, tmp_path, f"--config.mask.ratio={ratio}", "--config.count=5") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["init"] == str(trained / init)
-    assert results["mask"] == {"name": "random", "ratio": ratio}
+    assert results["mask"] == {"name": "random", "ratio": ratio, "unit": 1, "temperature": 1.0}
     losses = list(results["loss_by_image"].values())
     assert results["examples"] == len(losses) == 5
     assert results["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
