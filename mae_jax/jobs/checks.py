@@ -228,9 +228,8 @@ def run_problems(config: ConfigDict) -> list[str]:
     elif not wrong:
         shares = math.prod(mesh_shape(jax.device_count(), **config.mesh)[:2])
         problems += batch_problems(data.batch_size, shares, config.accumulate)
-    hosts = jax.process_count()
-    if data.repeats < 1 or data.batch_size % (max(data.repeats, 1) * hosts):
-        problems.append(f"config.data.repeats: {data.repeats}, times {hosts} host(s), does not divide the batch size")
+    if data.repeats < 1 or data.batch_size % max(data.repeats, 1):
+        problems.append(f"config.data.repeats: {data.repeats} does not divide the batch size {data.batch_size}")
     for key in ("scale", "ratio"):
         bounds = data[key]
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] or (key == "scale" and bounds[1] > 1):
@@ -256,11 +255,11 @@ def run_problems(config: ConfigDict) -> list[str]:
 
 def mesh_problems(**sizes: int) -> list[str]:
     """What is wrong with config.mesh for the devices there are: a line that says what would be right, or none."""
-    devices, slices = jax.device_count(), slice_count(jax.devices())
+    devices, slices, hosts = jax.device_count(), slice_count(jax.devices()), jax.process_count()
 
     def fits(**changed) -> bool:
         try:
-            mesh_shape(devices, slices, **(sizes | changed))
+            mesh_shape(devices, slices, hosts, **(sizes | changed))
         except ValueError:
             return False
         return True
@@ -269,6 +268,7 @@ def mesh_problems(**sizes: int) -> list[str]:
         return []
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     there = f"{devices} device(s) there are" + f", in {slices} slices, over which data is split" * (slices > 1)
+    there += f", on {hosts} hosts, of which none may be left out" * (hosts > 1)
     possible = {axis: [n for n in divisors if fits(**{axis: n})] for axis in AXES}
     possible = {axis: found for axis, found in possible.items() if found}
     told = " or ".join(f"{axis} {', '.join(map(str, found))}" for axis, found in possible.items())

@@ -28,9 +28,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax.config import path_of, write_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, nearest
+from mae_jax.files import path_of, write_json
 from mae_jax.interchange import huggingface, names, portable, tensors
 from mae_jax.jobs import classification, models
 from mae_jax.model.classifier import EPSILON

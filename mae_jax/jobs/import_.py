@@ -39,8 +39,8 @@ from collections.abc import Callable, Mapping
 from etils import epy
 from flax.traverse_util import flatten_dict
 
-from mae_jax.config import path_of, write_json
 from mae_jax.errors import ConfigError, nearest
+from mae_jax.files import path_of, write_json
 from mae_jax.interchange.tensors import whole
 from mae_jax.jobs import foreign
 from mae_jax.training import checkpoint

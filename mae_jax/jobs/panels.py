@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +86,3 @@ def sheet(panels: np.ndarray, side: int = 112) -> np.ndarray:
         for r in range(n):
             picture.paste(Image.fromarray(shown[r, c]), (gap + c * (width + gap), header + r * (height + gap)))
     return np.asarray(picture)
-
-
-def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write uint8[h,w,3] as a PNG file, with the folders it needs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)

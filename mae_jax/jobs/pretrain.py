@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.config import complete
@@ -37,7 +36,7 @@ from mae_jax.training import optim
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.evaluate import weighted_means
 from mae_jax.training.loop import Hook, fit, total_steps
-from mae_jax.training.sharding import batch_sharding, make_mesh
+from mae_jax.training.sharding import batch_sharding, make_mesh, whole
 
 WRITES_WORKDIR = True
 
@@ -210,7 +209,7 @@ def pictures(
     def hook(state, step):
         mask = panels.sample_mask(model, config, state.params, images, run.eval_key)
         drawn, _ = draw(state.params, images, mask)
-        run.writer.picture(step, "reconstructions", panels.sheet(np.asarray(drawn)))
+        run.writer.picture(step, "reconstructions", panels.sheet(whole(drawn, run.mesh)))
 
     return every, hook
 

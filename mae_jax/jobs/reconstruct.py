@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.config import make_workdir, to_json, write_json
+from mae_jax.config import to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError
+from mae_jax.files import make_workdir, write_json, write_picture
 from mae_jax.jobs import checks, models, panels
 from mae_jax.model import masking
 from mae_jax.model.patches import grid_of
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     write_json(workdir / "config.json", to_json(config))
     picture = workdir / "reconstructions" / f"ratio_{config.mask.ratio:g}.png"
-    panels.save_picture(picture, panels.sheet(np.asarray(drawn)))
+    write_picture(picture, panels.sheet(np.asarray(drawn)))
     results = {
         "init": str(config.init),
         "mask": dict(config.mask),

@@ -14,13 +14,14 @@ from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from mae_jax.config import flatten, make_workdir, to_json, write_json
+from mae_jax.config import flatten, to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError
-from mae_jax.training import metrics, optim
+from mae_jax.files import make_workdir, write_json
+from mae_jax.training import hosts, metrics, optim
 from mae_jax.training.checkpoint import Checkpoints, steps_in
 from mae_jax.training.loop import Hook, State, all_of, create_state, fit, in_turn, make_train_step, total_steps
-from mae_jax.training.sharding import batch_sharding, make_mesh
+from mae_jax.training.sharding import batch_sharding, make_mesh, place
 
 FREE = ("encoder.remat", "decoder.remat")  # of the model, but nothing it learns depends on it
 
@@ -55,6 +56,12 @@ class Run:
         make_workdir(workdir)
         _compare_with_earlier_run(config, workdir, fixed)
         self.checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
+        hosts.agree(
+            {f"config.{key}": value for key, value in flatten(to_json(config)).items()}
+            | {"the version of mae_jax": version("mae_jax"), "the version of JAX": jax.__version__}
+            | {"--workdir": workdir, "the newest checkpoint in it": self.checkpoints.latest_step}
+            | {"the number of training images": data.opened.size}
+        )
         if (self.checkpoints.latest_step or 0) > self.steps:
             raise ConfigError(
                 f"config.train: {self.steps} steps, but {workdir} has trained {self.checkpoints.latest_step}; "
@@ -64,8 +71,10 @@ class Run:
         if self.complete:
             print(f"already complete: {workdir} has trained {self.steps} steps")
             return
+        hosts.meet("all have seen what is in the workdir")
         write_json(workdir / "config.json", to_json(config))
-        (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
+        if hosts.leads():
+            (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
         self.mesh = make_mesh(**config.mesh)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
         self.last_look = {}
@@ -106,8 +115,9 @@ class Run:
             state = self.checkpoints.restore(abstract)
         first = int(state.step)
         print(
-            f"{'resuming' if first else 'training'} from step {first} of {self.steps} on {self.mesh.size} device(s); "
-            "compiling",
+            f"{'resuming' if first else 'training'} from step {first} of {self.steps} on {self.mesh.size} device(s)"
+            + f" of {jax.process_count()} processes" * (jax.process_count() > 1)
+            + "; compiling",
             flush=True,
         )
         settings = (tx, schedule, self.train_key, self.mesh, trained, ema, config.accumulate)
@@ -117,7 +127,10 @@ class Run:
         progress = metrics.Progress(self.writer, self.steps, data.batch_size)
         examples = (batches or data).shuffled(config.seed, first, batch_sharding(self.mesh))
         try:
-            state = fit(state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, **config.log)
+            with hosts.failing_at_once():
+                state = fit(
+                    state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, **config.log
+                )
         finally:
             self.checkpoints.close()
             self.writer.close()
@@ -141,6 +154,7 @@ class Run:
             "wall_time_seconds": round(time.time() - self.began, 1),
             "device": jax.devices()[0].device_kind,
             "device_count": self.mesh.size,
+            "process_count": jax.process_count(),
             "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
             "metrics": self.final_metrics,
         }
@@ -154,13 +168,13 @@ def _begin_with(params: dict, state: State) -> State:
     """`state` with some parameters in place of its own, and of their moving averages."""
     given = flatten_dict(params, sep="/")
 
-    def place(tree):
+    def begin(tree):
         leaves = flatten_dict(tree, sep="/")
         for name in given.keys() & leaves.keys():  # copied, as both trees are donated and may share no memory
-            leaves[name] = jnp.copy(jax.device_put(given[name], leaves[name].sharding))
+            leaves[name] = jnp.copy(place(given[name], leaves[name].sharding))
         return unflatten_dict(leaves, sep="/")
 
-    return state.replace(params=place(state.params), ema=place(state.ema))
+    return state.replace(params=begin(state.params), ema=begin(state.ema))
 
 
 def _compare_with_earlier_run(config: ConfigDict, workdir: Path, fixed: Sequence[str]) -> None:

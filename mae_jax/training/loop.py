@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -14,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mae_jax.errors import Interrupted
+from mae_jax.training.hosts import Signals, Watchdog
 from mae_jax.training.metrics import Progress
 from mae_jax.training.optim import join, split
 from mae_jax.training.sharding import microbatches, state_sharding
@@ -193,19 +193,20 @@ def fit(
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
     """
     first = int(state.step)
-    with _Signals() as signals:
+    with Signals() as signals, Watchdog() as watchdog:
         for step in range(first, steps + 1):
             due = [hook for period, hook in hooks if step == steps or (period and step % period == 0)]
             if due and (step > first or step == steps):
                 jax.block_until_ready(state)
+                watchdog.pause()
                 with progress.paused():
                     for hook in due:
                         hook(state, step)
             if step == steps:
                 break
-            if signals.received:
+            if signum := signals.at(step):
                 save(state, step)
-                raise Interrupted(signals.received, f"stopped at step {step}; the same command goes on from there")
+                raise Interrupted(signum, f"stopped at step {step}; the same command goes on from there")
             with progress.waiting():
                 batch = next(batches)
             state, scalars = train_step(state, batch)
@@ -214,21 +215,5 @@ def fit(
                 progress.start(step + 1)
             if (step + 1) % every == 0 or step + 1 == steps:
                 progress.log(step + 1, jax.device_get(scalars))
+            watchdog.step()
     return state
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
-
-    def __enter__(self):
-        self.received = 0
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, signum, frame):
-        self.received = signum
-        signal.signal(signum, self.before[signum])
-
-    def __exit__(self, *exc):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
