@@ -48,6 +48,9 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{nearest(name, JOBS)}")
     job = import_module(f"mae_jax.jobs.{name}" + "_" * keyword.iskeyword(name))
     usage = USAGE.replace("JOB", name)
+    also = getattr(job, "ALSO", ())  # flags beside the config
+    if also:
+        usage = usage.replace("--workdir=DIR", " ".join(f"--{flag}=..." for flag in also))
     own = getattr(job, "FLAGS", None)
     if own:
         usage = f"usage: mae-jax {name} " + " ".join(f"--{flag}=..." for flag in job.REQUIRED)
@@ -55,7 +58,7 @@ def _run(argv: list[str]) -> int:
         print(usage, "", job.__doc__.strip(), sep="\n")
         return 0
     required = job.REQUIRED if own else ["config"] + ["workdir"] * job.WRITES_WORKDIR
-    flags, rest = _flags(arguments, own or ("config", "workdir"), required, usage)
+    flags, rest = _flags(arguments, own or ("config", "workdir", *also), required, usage)
     if own:
         if rest:
             raise ConfigError(
@@ -74,10 +77,11 @@ def _run(argv: list[str]) -> int:
     from mae_jax import config
 
     workdir = config.path_of("workdir", flags.get("workdir", "."))
+    beside = {flag: flags[flag] for flag in also if flag in flags}
     settings, problems = config.load(flags["config"], rest)
     if problems:
         try:
-            job.check(settings)
+            job.check(settings, **beside)
         except UserError as error:
             problems += error.problems
         raise ConfigError(problems)
@@ -85,7 +89,7 @@ def _run(argv: list[str]) -> int:
 
     _keep_what_is_compiled()
     native.keep_freed_memory()
-    job.run(settings, workdir)
+    job.run(settings, workdir, **beside)
     return 0
 
 

@@ -64,17 +64,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
         hooks.append(knn.monitor(model.encoder, config, data, held_out, run, **config.monitor))
     else:
         print("no eval/knn: the training and the held-out split have no labels, or other ones")
-    run.train(
-        lambda key: (models.init(model, config, key), {}),
-        make_draw(model, config),
-        make_loss(model, target, config),
-        hooks,
-    )
+    run.train(*make_parts(model, target, config), hooks)
     final = run.final_metrics
     if "eval/loss" in final:
         loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
         print(f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of predicting position means")
     print(f"picture     {workdir}/reconstructions/step_{run.steps}.png")
+
+
+def make_parts(model: MAE, target: Target, config: ConfigDict) -> tuple[Callable, Callable, Callable]:
+    """What `runs.make_step` puts together: how parameters begin, what is random in a step, and the loss."""
+    init = lambda key: (models.init(model, config, key), {})  # noqa: E731
+    return init, make_draw(model, config), make_loss(model, target, config)
 
 
 def make_draw(model: MAE, config: ConfigDict) -> Callable:

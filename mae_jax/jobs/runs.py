@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.config import flatten, make_workdir, to_json, write_json
@@ -95,8 +96,10 @@ class Run:
           layer_of, exempt: as in `optim.make`.
         """
         config, data = self.config, self.data
-        tx, schedule = optim.make(data.batch_size, self.steps, self.steps_per_epoch, layer_of, exempt, **config.optim)
-        abstract, new_state = create_state(lambda: init(self.init_key), tx, self.mesh, trained, ema)
+        lengths, keys = (self.steps, self.steps_per_epoch), (self.init_key, self.train_key)
+        train_step, abstract, new_state = make_step(
+            config, self.mesh, *lengths, *keys, init, draw, loss_fn, trained, layer_of, exempt, ema
+        )
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
         if self.checkpoints.latest_step is None:
             state = _begin_with(start or {}, new_state())
@@ -107,9 +110,6 @@ class Run:
             f"{'resuming' if first else 'training'} from step {first} of {self.steps} on {self.mesh.size} device(s); "
             "compiling",
             flush=True,
-        )
-        train_step = make_train_step(
-            draw, loss_fn, tx, schedule, self.train_key, self.mesh, trained, ema, config.accumulate
         )
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
         progress = metrics.Progress(self.writer, self.steps, data.batch_size)
@@ -146,6 +146,37 @@ class Run:
         where = self.workdir
         print(f"metrics     {where}/metrics.jsonl, {where}/summary.json; tensorboard --logdir {where}")
         print(f"checkpoint  {where}/checkpoints/{self.steps}")
+
+
+def make_step(
+    config: ConfigDict,
+    mesh: Mesh,
+    steps: int,
+    steps_per_epoch: int,
+    init_key: jax.Array,
+    train_key: jax.Array,
+    init: Callable,
+    draw: Callable,
+    loss_fn: Callable,
+    trained: Callable[[str], bool] = all_of,
+    layer_of: Callable[[str], int] | None = None,
+    exempt: Sequence[str] = (),
+    ema: float = 0.0,
+) -> tuple[Callable, State, Callable[[], State]]:
+    """What a run repeats and what it begins with: the one place where they are put together.
+
+    Args:
+      init: `f(key) -> (params, stats)`.
+      draw, loss_fn, trained, ema: as in `make_train_step`.
+      layer_of, exempt: as in `optim.make`.
+
+    Returns:
+      The train step, the state as `ShapeDtypeStruct`s that carry shardings, and a function that computes it.
+    """
+    tx, schedule = optim.make(config.data.batch_size, steps, steps_per_epoch, layer_of, exempt, **config.optim)
+    abstract, new_state = create_state(lambda: init(init_key), tx, mesh, trained, ema)
+    step = make_train_step(draw, loss_fn, tx, schedule, train_key, mesh, trained, ema, config.accumulate)
+    return step, abstract, new_state
 
 
 def _begin_with(params: dict, state: State) -> State:

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from mae_jax.training.hardware import Hardware
-from mae_jax.training.hlo import Collective, Groups, Program
+from mae_jax.training.hlo import Groups
+from mae_jax.training.program import Collective, Program
 
 WAITED_FOR = "tensor"  # collectives along this axis have nothing beside them that could be computed meanwhile
 
