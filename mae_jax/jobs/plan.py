@@ -69,11 +69,13 @@ def check(
     problems += wrong
     if images and not re.fullmatch(r"[1-9]\d{0,14}", images):
         problems.append(f"--images={images}: is not a number above 0")
-    count, wrong = device_count(config, named)
+    count, wrong = device_count(config, named) if described else (1, [])
     problems += checks.untold(problems, wrong)
     devices = simulated(count)
     more = checks.autoencoder_problems(config) + checks.run_problems(config, devices)
-    problems += checks.untold(problems, [line for line in more if not (wrong and line.startswith("config.mesh"))])
+    if wrong or not described:  # the mesh cannot be judged
+        more = [problem for problem in more if not problem.startswith("config.mesh")]
+    problems += checks.untold(problems, more)
     if not problems:
         problems += link_problems(described, target, math.prod(mesh_shape(count, **config.mesh)))
     if problems:

@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.jobs import models, pretrain, runs
 from mae_jax.model import native
 from mae_jax.model.flops import training_flops
+from mae_jax.model.mae import MAE
 from mae_jax.training import program
 from mae_jax.training.hardware import Hardware
-from mae_jax.training.loop import KEEP_BARRIERS, total_steps
+from mae_jax.training.loop import KEEP_BARRIERS, State, total_steps
 from mae_jax.training.roofline import Estimate, estimate
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
@@ -105,21 +107,13 @@ def make(config: ConfigDict, hardware: Hardware, devices: Sequence[jax.Device], 
       devices: what to compile for, simulated: their number is all that counts.
       images: in the training split; None: not known.
     """
-    mesh = make_mesh(devices, **config.mesh)
-    model, target = models.build(config)
     steps_per_epoch = STEPS_PER_EPOCH if images is None else images // config.data.batch_size
-    keys = jax.random.split(jax.random.key(config.seed), 2)
-    parts = pretrain.make_parts(model, target, config)
-    batch = abstract_batch(config, config.data.batch_size, batch_sharding(mesh))
-    with native.unused():  # the target has no use for what is compiled for this CPU
-        step, state, _ = runs.make_step(
-            config, mesh, total_steps(steps_per_epoch, **config.train), steps_per_epoch, *keys, *parts
-        )
-        compiled = step.lower(state, batch).compile(compiler_options=KEEP_BFLOAT16)
-        kept = kept_of_image(config, state.params, *parts[1:])
+    steps = total_steps(steps_per_epoch, **config.train)
+    mesh, model, parts = make_mesh(devices, **config.mesh), *built(config)
+    lowered, state, batch = lower(config, mesh, steps, steps_per_epoch, parts)
+    compiled = lowered.compile(compiler_options=KEEP_BFLOAT16)
     done = program.read(compiled.as_text(), mesh.size)
-    in_parts = config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
-    known = config.train.steps is not None or images is not None
+    at_once = config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
     return Plan(
         config,
         hardware,
@@ -127,10 +121,27 @@ def make(config: ConfigDict, hardware: Hardware, devices: Sequence[jax.Device], 
         {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in state.params.items()},
         training_flops(model, config.data.image_size, config.data.channels, config.mask.ratio),
         done.flops * mesh.size / config.data.batch_size,
-        memory_of(compiled, state, batch, kept * in_parts),
+        memory_of(compiled, state, batch, at_once * kept_of_image(config, state.params, *parts[1:])),
         estimate(done, hardware, config.dtype, mesh.shape),
-        total_steps(steps_per_epoch, **config.train) if known else None,
+        None if images is None and config.train.steps is None else steps,
     )
+
+
+def built(config: ConfigDict) -> tuple[MAE, tuple[Callable, Callable, Callable]]:
+    """The autoencoder, and the parts of its train step."""
+    model, target = models.build(config)
+    return model, pretrain.make_parts(model, target, config)
+
+
+def lower(
+    config: ConfigDict, mesh: Mesh, steps: int, steps_per_epoch: int, parts: tuple[Callable, Callable, Callable]
+) -> tuple[jax.stages.Lowered, State, dict]:
+    """The train step as it is handed to the compiler, and its state and batch as shapes; nothing of it is computed."""
+    keys = jax.random.split(jax.random.key(config.seed), 2)
+    batch = abstract_batch(config, config.data.batch_size, batch_sharding(mesh))
+    with native.unused():  # the target has no use for what is compiled for this CPU
+        step, state, _ = runs.make_step(config, mesh, steps, steps_per_epoch, *keys, *parts)
+        return step.lower(state, batch), state, batch
 
 
 def abstract_batch(config: ConfigDict, size: int, sharding: jax.sharding.Sharding | None = None) -> dict:
@@ -164,7 +175,8 @@ def kept_of_image(config: ConfigDict, params, draw: Callable, loss_fn: Callable)
         return jax.vjp(lambda params: loss_fn(params, {}, examples)[0].sum(), params)[1]
 
     def kept(images: int) -> int:
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, abstract_batch(config, images)))
+        with native.unused():
+            leaves = jax.tree.leaves(jax.eval_shape(residuals, params, abstract_batch(config, images)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     return kept(2) - kept(1)
