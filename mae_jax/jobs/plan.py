@@ -28,9 +28,10 @@ from ml_collections import ConfigDict
 from mae_jax.config import complete
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import known_size
-from mae_jax.errors import ConfigError
+from mae_jax.errors import ConfigError, UserError
 from mae_jax.jobs import checks, planned, pretrain, remedies
 from mae_jax.jobs.planned import Plan
+from mae_jax.jobs.remedies import LIMITS
 from mae_jax.training import hardware
 from mae_jax.training.hardware import PRESETS, Hardware
 from mae_jax.training.loop import total_steps
@@ -48,7 +49,7 @@ def run(config: ConfigDict, workdir: Path, target: str = "", images: str = "") -
     """Plan what `config` describes on `target`."""
     config, described, devices, count, unknown = check(config, target, images)
     plan = planned.make(config, described, devices, count)
-    print(*report(plan, target.partition(":")[0], unknown), sep="\n", flush=True)
+    print(*report(plan, target, unknown), sep="\n", flush=True)
     print(f"{'would help':13} {remedies.advice(plan, devices, count)}")
 
 
@@ -145,12 +146,13 @@ def link_problems(described: Hardware, target: str, devices: int) -> list[str]:
 def count_images(config: ConfigDict) -> tuple[int | None, str]:
     """How many training images there are, or why that is not known; none of them is read."""
     data = config.data
+    if data.per_class and data.source not in IN_MEMORY:
+        return None, "config.data.per_class is of labels, which would have to be read"
+    if data.source == "tfds" and (known := known_size(data.name, data.split)):
+        return known, ""
     try:
-        known = known_size(data.name, data.split) if data.source == "tfds" and not data.per_class else None
-        if known is None and data.per_class and data.source not in IN_MEMORY:
-            return None, "config.data.per_class"
-        return known or Dataset(**data).opened.size, ""
-    except ConfigError as error:
+        return Dataset(**data).opened.size, ""
+    except UserError as error:
         return None, " ".join(error.problems)
 
 
@@ -171,8 +173,9 @@ def report(plan: Plan, target: str, unknown: str) -> list[str]:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     parts = ", ".join(f"{name} {count:,}" for name, count in sorted(plan.parameters.items(), reverse=True))
     turns = f", or {1e3 * estimate.in_turns:.3f} with nothing computed meanwhile" if estimate.exchanges else ""
+    idle = f" ({plan.there - plan.devices} more are idle)" if plan.there > plan.devices else ""
     lines = [
-        ("target", f"{plan.devices} of {target}, mesh {mesh}; {config.dtype}, batch {batch}"),
+        ("target", f"{plan.devices} of {target.partition(':')[0]}{idle}, mesh {mesh}; {config.dtype}, batch {batch}"),
         ("parameters", f"{sum(plan.parameters.values()):,}: {parts}"),
         ("needed", f"{scaled(plan.needed)}FLOP an image, {scaled(plan.needed * batch)}FLOP a step"),
         ("computed", f"{scaled(plan.executed)}FLOP an image, {plan.executed / plan.needed:.3f} of what is needed"),
@@ -186,7 +189,7 @@ def report(plan: Plan, target: str, unknown: str) -> list[str]:
         ("  step", f"{1e3 * estimate.step:12.3f}  {batch / estimate.step:,.0f} images/s{turns}"),
         ("utilisation", f"{100 * plan.utilisation:12.1f}  % of the peak goes into what is needed"),
         ("hours", f"{plan.hours:12.1f}  for {plan.steps:,} steps" if plan.steps else f"need --images=N: {unknown}"),
-        ("limited by", estimate.limit),
+        ("limited by", LIMITS[estimate.limit]),
     ]
     return [f"{name:13} {text}".rstrip() for name, text in lines]
 

@@ -35,8 +35,8 @@ class Memory:
       batch: images and their weights.
       activations: all else that the compiled program needs at its worst moment: what is kept for the backward pass,
         gradients, parameters put together.
-      kept: about how much is kept for the backward pass, as traced, in the dtypes it is computed in. Of this the
-        activations are made in the first place; the compiler for CPUs holds some of it in float32 in place of bfloat16.
+      kept: about how much of that is kept for the backward pass, as it is traced, in the dtypes it is computed in; the
+        compiler for CPUs holds some of it in float32 in place of bfloat16. Along `tensor` it is at least that much.
     """
 
     parameters: int
@@ -61,6 +61,7 @@ class Plan:
     """What is known of a run before it is paid for.
 
     Attributes:
+      there: devices there are; some are idle where the mesh has fewer.
       mesh: the size of each axis.
       parameters: how many, of the encoder and the decoder.
       needed: FLOPs of one image, as `model.flops` counts them.
@@ -70,6 +71,7 @@ class Plan:
 
     config: ConfigDict
     hardware: Hardware
+    there: int
     mesh: dict[str, int]
     parameters: dict[str, int]
     needed: int
@@ -117,11 +119,14 @@ def make(config: ConfigDict, hardware: Hardware, devices: Sequence[jax.Device], 
     return Plan(
         config,
         hardware,
+        len(devices),
         dict(mesh.shape),
         {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in state.params.items()},
         training_flops(model, config.data.image_size, config.data.channels, config.mask.ratio),
         done.flops * mesh.size / config.data.batch_size,
-        memory_of(compiled, state, batch, at_once * kept_of_image(config, state.params, *parts[1:])),
+        memory_of(
+            compiled, state, batch, at_once * kept_of_image(config, state.params, *parts[1:]) // mesh.shape["tensor"]
+        ),
         estimate(done, hardware, config.dtype, mesh.shape),
         None if images is None and config.train.steps is None else steps,
     )

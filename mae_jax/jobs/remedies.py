@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -12,9 +13,9 @@ from mae_jax.jobs import checks, planned
 from mae_jax.jobs.planned import Plan
 
 TRIES = 4  # each takes as long to compile as the plan itself
+LIMITS = {"compute": "compute", "memory": "the bandwidth of memory", "network": "the network"}  # as they are called
 FASTER = 0.98  # of the time: less than that is none of a help
 WEAKER = {"full": "dots", "dots": "none"}  # what recomputes less
-GIB = 2**30
 
 
 def advice(plan: Plan, devices: Sequence[jax.Device], images: int | None) -> str:
@@ -23,22 +24,24 @@ def advice(plan: Plan, devices: Sequence[jax.Device], images: int | None) -> str
     Args:
       devices, images: as in `planned.make`.
     """
-    best, told = None, ""
-    changes = smaller(plan) if not plan.fits else faster(plan)
-    for _, change in zip(range(TRIES), changes, strict=False):
+    tried = []
+    changes = faster(plan) if plan.fits else smaller(plan)
+    for change in itertools.islice(changes, TRIES):
         config = copy.deepcopy(plan.config)
         config.update_from_flattened_dict(change)
         if checks.autoencoder_problems(config) + checks.run_problems(config, devices):
             continue
         other = planned.make(config, plan.hardware, devices, images)
-        gain = 1e3 * other.estimate.step
-        told = f"{shown(change)}: {other.memory.total / GIB:.2f} GiB, {gain:.3f} ms a step"
+        needs, takes = other.memory.total / 2**30, 1e3 * other.estimate.step
+        told = f"{shown(change)}: {needs:.2f} GiB and {takes:.3f} ms a step, compiled"
         if other.fits and (not plan.fits or other.estimate.step < FASTER * plan.estimate.step):
-            return f"{told} (compiled)"
-        best = told if not plan.fits else best
-    if not plan.fits:
-        return f"nothing tried here is enough: {best}" if best else "more devices, or larger ones"
-    return f"more devices, or faster ones: {plan.estimate.limit} is what a step waits for, and no setting spares it"
+            return told
+        tried.append((needs, told))
+    if plan.fits:
+        return f"more devices, or faster ones: no setting here spares {LIMITS[plan.estimate.limit]}"
+    if not tried:
+        return "devices with more memory: no setting here needs less"
+    return f"more devices, or some with more memory; not enough, but nearest, is {min(tried)[1]}"
 
 
 def shown(change: dict) -> str:
