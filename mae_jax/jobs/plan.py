@@ -35,7 +35,6 @@ from mae_jax.jobs.remedies import LIMITS
 from mae_jax.training import hardware
 from mae_jax.training.hardware import PRESETS, Hardware
 from mae_jax.training.loop import total_steps
-from mae_jax.training.roofline import Exchange
 from mae_jax.training.sharding import AXES, mesh_shape
 
 WRITES_WORKDIR = False
@@ -180,15 +179,14 @@ def report(plan: Plan, target: str, unknown: str) -> list[str]:
         ("needed", f"{scaled(plan.needed)}FLOP an image, {scaled(plan.needed * batch)}FLOP a step"),
         ("computed", f"{scaled(plan.executed)}FLOP an image, {plan.executed / plan.needed:.3f} of what is needed"),
         *memory_lines(plan),
-        ("collectives", f"{'arrays':>12} {'MB':>12} {'MB sent':>12} {'ms':>12}  a step, on each device"),
-        *(exchange_line(exchange) for exchange in estimate.exchanges),
+        *exchange_lines(plan),
         ("time", f"{'ms':>12}  a step, at the target's peaks"),
         ("  compute", f"{1e3 * estimate.compute:12.3f}  matrix products"),
         ("  memory", f"{1e3 * estimate.memory:12.3f}  what operations take longer, waiting for memory"),
         ("  network", f"{1e3 * estimate.network:12.3f}  collectives, which go on meanwhile but for those along tensor"),
         ("  step", f"{1e3 * estimate.step:12.3f}  {batch / estimate.step:,.0f} images/s{turns}"),
         ("utilisation", f"{100 * plan.utilisation:12.1f}  % of the peak goes into what is needed"),
-        ("hours", f"{plan.hours:12.1f}  for {plan.steps:,} steps" if plan.steps else f"need --images=N: {unknown}"),
+        ("hours", f"{plan.hours:12.4g}  for {plan.steps:,} steps" if plan.steps else f"need --images=N: {unknown}"),
         ("limited by", LIMITS[estimate.limit]),
     ]
     return [f"{name:13} {text}".rstrip() for name, text in lines]
@@ -205,14 +203,19 @@ def memory_lines(plan: Plan) -> list[tuple[str, str]]:
         ("memory", f"{'MiB':>12}  on each device"),
         *((f"  {name}", f"{getattr(memory, name) / MIB:12,.2f}") for name in ("parameters", "optimizer", "batch")),
         ("  activations", f"{memory.activations / MIB:12,.2f}{kept}"),
-        ("  total", f"{memory.total / MIB:12,.2f}  {memory.total / room:.1%} of {room / 2**30:.2f} GiB: {fits}"),
+        ("  total", f"{memory.total / MIB:12,.2f}  {memory.total / room:.1%} of {room / MIB:,.2f}: {fits}"),
     ]
 
 
-def exchange_line(exchange: Exchange) -> tuple[str, str]:
-    """What is sent in collectives of one kind."""
-    numbers = f"{exchange.arrays:12} {exchange.bytes / 1e6:12.3f} {exchange.sent / 1e6:12.3f}"
-    return "", f"{numbers} {1e3 * exchange.seconds:12.3f}  {exchange.kind} along {', '.join(exchange.axes)}"
+def exchange_lines(plan: Plan) -> list[tuple[str, str]]:
+    """What devices send one another."""
+    if not plan.estimate.exchanges:
+        return [("collectives", "none")]
+    lines = [("collectives", f"{'arrays':>12} {'MB':>12} {'MB sent':>12} {'ms':>12}  a step, on each device")]
+    for x in plan.estimate.exchanges:
+        numbers = f"{x.arrays:12} {x.bytes / 1e6:12.3f} {x.sent / 1e6:12.3f} {1e3 * x.seconds:12.3f}"
+        lines.append(("", f"{numbers}  {x.kind} along {', '.join(x.axes)}"))
+    return lines
 
 
 def scaled(number: float) -> str:

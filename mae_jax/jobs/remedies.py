@@ -32,8 +32,8 @@ def advice(plan: Plan, devices: Sequence[jax.Device], images: int | None) -> str
         if checks.autoencoder_problems(config) + checks.run_problems(config, devices):
             continue
         other = planned.make(config, plan.hardware, devices, images)
-        needs, takes = other.memory.total / 2**30, 1e3 * other.estimate.step
-        told = f"{shown(change)}: {needs:.2f} GiB and {takes:.3f} ms a step, compiled"
+        needs, takes = other.memory.total / 2**20, 1e3 * other.estimate.step
+        told = f"{shown(change)}: {needs:,.2f} MiB and {takes:.3f} ms a step, compiled"
         if other.fits and (not plan.fits or other.estimate.step < FASTER * plan.estimate.step):
             return told
         tried.append((needs, told))

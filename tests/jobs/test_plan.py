@@ -217,7 +217,7 @@ def test_a_faster_dtype_is_found_and_a_slower_one_is_not_praised(digits, monkeyp
     told = remedies.advice(made_up(digits, 50), jax.devices(), None)
     assert told.startswith("--config.dtype=bfloat16: ") and "500.000 ms" in told
     monkeypatch.setattr(planned, "make", lambda *_: made_up(digits, 50, step=1.5))
-    assert "no setting spares" in remedies.advice(made_up(digits, 50), jax.devices(), None)
+    assert "no setting here spares" in remedies.advice(made_up(digits, 50), jax.devices(), None)
 
 
 def test_native_code_is_not_in_the_program(monkeypatch):
