@@ -6,6 +6,7 @@ same command on each; --coordinator=HOST:PORT --processes=N --process=I tell wha
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import logging
 import os
@@ -53,6 +54,9 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{nearest(name, JOBS)}")
     job = import_module(f"mae_jax.jobs.{name}" + "_" * keyword.iskeyword(name))
     usage = USAGE.replace("JOB", name)
+    also = getattr(job, "ALSO", ())  # flags beside the config
+    if also:
+        usage = usage.replace("--workdir=DIR", " ".join(f"--{flag}=..." for flag in also))
     own = getattr(job, "FLAGS", None)
     if own:
         usage = f"usage: mae-jax {name} " + " ".join(f"--{flag}=..." for flag in job.REQUIRED)
@@ -60,7 +64,8 @@ def _run(argv: list[str]) -> int:
         print(usage, "", job.__doc__.strip(), sep="\n")
         return 0
     required = job.REQUIRED if own else ["config"] + ["workdir"] * job.WRITES_WORKDIR
-    flags, rest = _flags(arguments, own or ("config", "workdir", *OF_SEVERAL_HOSTS), required, usage)
+    known = own or ("config", "workdir", *also, *OF_SEVERAL_HOSTS * job.WRITES_WORKDIR)
+    flags, rest = _flags(arguments, known, required, usage)
     if own:
         if rest:
             raise ConfigError(
@@ -79,10 +84,11 @@ def _run(argv: list[str]) -> int:
     from mae_jax import config
 
     workdir = path_of("workdir", flags.get("workdir", "."))
+    beside = {flag: flags[flag] for flag in also if flag in flags}
     settings, problems = config.load(flags["config"], rest)
     if problems:
         try:
-            job.check(settings)
+            job.check(settings, **beside)
         except UserError as error:
             problems += error.problems
         raise ConfigError(problems)
@@ -92,8 +98,8 @@ def _run(argv: list[str]) -> int:
     native.keep_freed_memory()
     from mae_jax.training import hosts
 
-    with hosts.joined(flags):
-        job.run(settings, workdir)
+    with hosts.joined(flags) if job.WRITES_WORKDIR else contextlib.nullcontext():
+        job.run(settings, workdir, **beside)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -198,8 +198,13 @@ def start_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
     return []
 
 
-def run_problems(config: ConfigDict) -> list[str]:
-    """What is wrong with the data's and the run's numbers, one line each."""
+def run_problems(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> list[str]:
+    """What is wrong with the data's and the run's numbers, one line each.
+
+    Args:
+      devices: to run on; None: all there are.
+    """
+    devices = jax.devices() if devices is None else devices
     data, train = config.data, config.train
     problems = unknown_names(
         {
@@ -221,12 +226,12 @@ def run_problems(config: ConfigDict) -> list[str]:
                     f"config.pixels.{key}: {tuple(config.pixels[key])} is not one number{' above 0' * (key == 'std')} "
                     f"for each of config.data.channels {channels}"
                 )
-    wrong = mesh_problems(**config.mesh)
+    wrong = mesh_problems(devices, **config.mesh)
     problems += wrong
     if config.accumulate < 1:
         problems.append(f"config.accumulate: {config.accumulate} is below 1")
     elif not wrong:
-        shares = math.prod(mesh_shape(jax.device_count(), **config.mesh)[:2])
+        shares = math.prod(mesh_shape(len(devices), **config.mesh)[:2])
         problems += batch_problems(data.batch_size, shares, config.accumulate)
     if data.repeats < 1 or data.batch_size % max(data.repeats, 1):
         problems.append(f"config.data.repeats: {data.repeats} does not divide the batch size {data.batch_size}")
@@ -253,9 +258,9 @@ def run_problems(config: ConfigDict) -> list[str]:
     return problems + count_problems(config)
 
 
-def mesh_problems(**sizes: int) -> list[str]:
+def mesh_problems(there: Sequence[jax.Device], **sizes: int) -> list[str]:
     """What is wrong with config.mesh for the devices there are: a line that says what would be right, or none."""
-    devices, slices, hosts = jax.device_count(), slice_count(jax.devices()), jax.process_count()
+    devices, slices, hosts = len(there), slice_count(there), jax.process_count()
 
     def fits(**changed) -> bool:
         try:
@@ -267,17 +272,17 @@ def mesh_problems(**sizes: int) -> list[str]:
     if fits():
         return []
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    there = f"{devices} device(s) there are" + f", in {slices} slices, over which data is split" * (slices > 1)
-    there += f", on {hosts} hosts, of which none may be left out" * (hosts > 1)
+    found = f"{devices} device(s) there are" + f", in {slices} slices, over which data is split" * (slices > 1)
+    found += f", on {hosts} hosts, of which none may be left out" * (hosts > 1)
     possible = {axis: [n for n in divisors if fits(**{axis: n})] for axis in AXES}
-    possible = {axis: found for axis, found in possible.items() if found}
-    told = " or ".join(f"{axis} {', '.join(map(str, found))}" for axis, found in possible.items())
+    possible = {axis: fitting for axis, fitting in possible.items() if fitting}
+    told = " or ".join(f"{axis} {', '.join(map(str, fitting))}" for axis, fitting in possible.items())
     if len(possible) == 1:
         (axis,) = possible
-        return [f"config.mesh.{axis}: {sizes[axis]} does not fit the {there}; possible with the rest: {told}"]
+        return [f"config.mesh.{axis}: {sizes[axis]} does not fit the {found}; possible with the rest: {told}"]
     given = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
     told = f"possible is {told}" if told else f"give sizes of product {devices}, or -1 for one of them"
-    return [f"config.mesh: {given} do not fit the {there}; {told}"]
+    return [f"config.mesh: {given} do not fit the {found}; {told}"]
 
 
 def count_problems(config: ConfigDict) -> list[str]:

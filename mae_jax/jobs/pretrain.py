@@ -70,7 +70,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         stages.append((step, make_draw(model, then), make_loss(model, target, then)))
     (_, draw, loss_fn), *later = stages
     run.train(
-        lambda key: (models.init(model, config, key), {}),
+        make_init(model, config),
         draw,
         loss_fn,
         hooks,
@@ -88,6 +88,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def trained(path: str) -> bool:
     """Whether a parameter is trained: all are, but for what the target was fitted to."""
     return not path.startswith("target/")
+
+
+def make_init(model: MAE, config: ConfigDict) -> Callable:
+    """What a run begins with, `f(key) -> (params, stats)`."""
+    return lambda key: (models.init(model, config, key), {})
 
 
 def make_draw(model: MAE, config: ConfigDict) -> Callable:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.config import flatten, to_json
@@ -106,8 +107,8 @@ class Run:
           layer_of, exempt: as in `optim.make`.
         """
         config, data = self.config, self.data
-        tx, schedule = optim.make(data.batch_size, self.steps, self.steps_per_epoch, layer_of, exempt, **config.optim)
-        abstract, new_state = create_state(lambda: init(self.init_key), tx, self.mesh, trained, ema)
+        lengths, keys = (self.steps, self.steps_per_epoch), (self.init_key, self.train_key)
+        step_of, abstract, new_state = set_up(config, self.mesh, *lengths, *keys, init, trained, layer_of, exempt, ema)
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
         if self.checkpoints.latest_step is None:
             state = _begin_with(start or {}, new_state())
@@ -120,8 +121,7 @@ class Run:
             + "; compiling",
             flush=True,
         )
-        settings = (tx, schedule, self.train_key, self.mesh, trained, ema, config.accumulate)
-        stages = [(step, make_train_step(*pair, *settings)) for step, *pair in [(0, draw, loss_fn), *later]]
+        stages = [(step, step_of(*pair)) for step, *pair in [(0, draw, loss_fn), *later]]
         train_step = in_turn(stages, first) if later else stages[0][1]
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
         progress = metrics.Progress(self.writer, self.steps, data.batch_size)
@@ -162,6 +162,39 @@ class Run:
         where = self.workdir
         print(f"metrics     {where}/metrics.jsonl, {where}/summary.json; tensorboard --logdir {where}")
         print(f"checkpoint  {where}/checkpoints/{self.steps}")
+
+
+def set_up(
+    config: ConfigDict,
+    mesh: Mesh,
+    steps: int,
+    steps_per_epoch: int,
+    init_key: jax.Array,
+    train_key: jax.Array,
+    init: Callable,
+    trained: Callable[[str], bool] = all_of,
+    layer_of: Callable[[str], int] | None = None,
+    exempt: Sequence[str] = (),
+    ema: float = 0.0,
+) -> tuple[Callable, State, Callable[[], State]]:
+    """What a run begins with and what it repeats: the one place where they are put together.
+
+    Args:
+      init: `f(key) -> (params, stats)`.
+      trained, ema: as in `make_train_step`.
+      layer_of, exempt: as in `optim.make`.
+
+    Returns:
+      `f(draw, loss_fn) -> train step`, the arguments as in `make_train_step`; the state as `ShapeDtypeStruct`s that
+      carry shardings; and a function that computes it.
+    """
+    tx, schedule = optim.make(config.data.batch_size, steps, steps_per_epoch, layer_of, exempt, **config.optim)
+    abstract, new_state = create_state(lambda: init(init_key), tx, mesh, trained, ema)
+
+    def step_of(draw, loss_fn):
+        return make_train_step(draw, loss_fn, tx, schedule, train_key, mesh, trained, ema, config.accumulate)
+
+    return step_of, abstract, new_state
 
 
 def _begin_with(params: dict, state: State) -> State:
