@@ -79,6 +79,7 @@ def imagenet() -> ConfigDict:
         "drop_path": 0.1,
         "final_norm": False,
         "remat": "none",
+        "attention": "auto",
     }
     config.head = {"pool": "mean", "norm": "layer", "head_std": 2e-5}
     config.optim = {

@@ -66,8 +66,8 @@ def paper() -> ConfigDict:
     config.target = {"name": "normalized_pixels", "size": placeholder(int)}  # or pca, tokens of a size, hog, pixels
     config.loss = {"name": "", "patches": "hidden"}  # or l2, l1, smooth_l1, cross_entropy; all. Empty: the target's own
     # remat "dots" or "full" needs less memory, and computes what it does not keep a second time
-    config.encoder = {"patch_size": 16, "mlp_ratio": 4.0, **SIZES["B"], "remat": "none"}
-    config.decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none"}
+    config.encoder = {"patch_size": 16, "mlp_ratio": 4.0, **SIZES["B"], "remat": "none", "attention": "auto"}
+    config.decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none", "attention": "auto"}
     config.optim = {
         "name": "adamw",
         "base_learning_rate": 1.5e-4,  # times batch_size / 256

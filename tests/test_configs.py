@@ -82,7 +82,8 @@ def test_imagenet_recipes_have_the_numbers_of_the_paper(name):
     assert config.mask_schedule.to_dict() == {"start": None, "stages": 4}
     assert config.target.to_dict() == {"name": "normalized_pixels", "size": None}
     assert config.loss.to_dict() == {"name": "", "patches": "hidden"}
-    assert config.decoder.to_dict() == {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none"}
+    decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none", "attention": "auto"}
+    assert config.decoder.to_dict() == decoder
     assert config.optim.to_dict() == {
         "name": "adamw",
         "base_learning_rate": 1.5e-4,

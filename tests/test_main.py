@@ -201,6 +201,11 @@ MISTAKES = {
         f"{DIGITS} --config.decoder.remat=dot",
         ["config.decoder.remat", "did you mean dots?"],
     ),
+    "unknown attention": (f"{DIGITS} --config.encoder.attention=flash", ["config.encoder.attention", "fused"]),
+    "attention without a kernel": (
+        f"{DIGITS} --config.decoder.attention=fused",
+        ["config.decoder.attention: fused, but no kernel for float32 and heads of 32 on 8 cpu device(s)", "use auto"],
+    ),
     "no parts": (f"{DIGITS} --config.accumulate=0", ["config.accumulate", "0 is below 1"]),
     "parts versus batch": (
         f"{DIGITS} --config.accumulate=3",

@@ -15,7 +15,7 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import fitting, models
-from mae_jax.model import classifier, losses, masking, targets
+from mae_jax.model import classifier, cudnn, losses, masking, ops, targets
 from mae_jax.model.layers import POSITIONS, REMAT
 from mae_jax.model.patches import grid_of
 from mae_jax.training import optim
@@ -24,6 +24,8 @@ from mae_jax.training.loop import total_steps
 from mae_jax.training.sharding import AXES, mesh_shape, slice_count
 
 NO_INIT = "config.init: empty; name the workdir of a training run, or one of its checkpoints"
+
+DTYPES = ("float32", "bfloat16")  # what config.dtype may be
 
 # The least values of settings that count something.
 LEAST = {
@@ -39,7 +41,7 @@ LEAST = {
 
 def autoencoder_problems(config: ConfigDict) -> list[str]:
     """What is wrong with the numbers of an autoencoder and its task, one line each."""
-    data, encoder, decoder = config.data, config.encoder, config.decoder
+    data, encoder = config.data, config.encoder
     problems = sampling_problems(config) + unknown_names(
         {
             "config.target.name": (config.target.name, targets.TARGETS),
@@ -59,7 +61,7 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     wrong = image_size_problems(config)
     problems += wrong or mask_problems(config, grid_of(data.image_size, patch))
     problems += wrong or start_problems(config, grid_of(data.image_size, patch))
-    return problems + transformer_problems("encoder", encoder, 1) + transformer_problems("decoder", decoder, 0)
+    return problems + transformer_problems("encoder", config, 1) + transformer_problems("decoder", config, 0)
 
 
 def target_problems(config: ConfigDict) -> list[str]:
@@ -94,7 +96,7 @@ def fitting_problems(config: ConfigDict, data: Dataset) -> list[str]:
 def classifier_problems(config: ConfigDict) -> list[str]:
     """What is wrong with the numbers of a classifier, one line each."""
     encoder, head = config.encoder, config.head
-    problems = seed_problems(config) + image_size_problems(config) + transformer_problems("encoder", encoder, 1)
+    problems = seed_problems(config) + image_size_problems(config) + transformer_problems("encoder", config, 1)
     problems += unknown_names(
         dtype_choice(config)
         | {
@@ -125,7 +127,7 @@ def classifier_problems(config: ConfigDict) -> list[str]:
 
 def dtype_choice(config: ConfigDict) -> dict:
     """config.dtype and what it may be, for `unknown_names`."""
-    return {"config.dtype": (config.dtype, ("float32", "bfloat16"))}
+    return {"config.dtype": (config.dtype, DTYPES)}
 
 
 def image_size_problems(config: ConfigDict) -> list[str]:
@@ -139,14 +141,16 @@ def image_size_problems(config: ConfigDict) -> list[str]:
     ]
 
 
-def transformer_problems(group: str, part: ConfigDict, least: int) -> list[str]:
+def transformer_problems(group: str, config: ConfigDict, least: int) -> list[str]:
     """What is wrong with the sizes of the encoder or decoder, of at least so many blocks, one line each."""
-    problems = []
+    problems, part = [], config[group]
     if part.width < 4 or part.width % 4 or part.heads < 1 or part.width % part.heads:
         problems.append(
             f"config.{group}.width: {part.width} is not divisible by 4 (for its positions) and by "
             f"config.{group}.heads {part.heads}"
         )
+    elif config.dtype in DTYPES:
+        problems += attention_problems(group, config)
     if part.depth < least:
         problems.append(f"config.{group}.depth: {part.depth} is below {least}")
     if part.mlp_ratio * max(part.width, 1) < 1:
@@ -157,11 +161,29 @@ def transformer_problems(group: str, part: ConfigDict, least: int) -> list[str]:
         {
             f"config.{group}.positions": (part.positions, POSITIONS),
             f"config.{group}.remat": (part.remat, REMAT),
+            f"config.{group}.attention": (part.attention, ops.ATTENTION),
         }
     )
     if group == "encoder" and not 0 <= part.drop_path < 1:
         problems.append(f"config.encoder.drop_path: {part.drop_path} is not between 0 and 1")
     return problems
+
+
+def attention_problems(group: str, config: ConfigDict) -> list[str]:
+    """What is wrong with config.encoder.attention, or decoder.attention, for the devices there are: a line, or none."""
+    part = config[group]
+    head = part.width // part.heads
+    if part.attention == "fused" and (reason := ops.no_kernel(config.dtype, head)):
+        return [f"config.{group}.attention: fused, but {reason}; use auto"]
+    if part.attention == "plain" or not cudnn.serves(config.dtype, head) or mesh_problems(jax.devices(), **config.mesh):
+        return []
+    tensor = mesh_shape(jax.device_count(), **config.mesh)[2]
+    if part.heads % tensor == 0:
+        return []
+    return [  # XLA would split single heads, which cuDNN cannot
+        f"config.mesh.tensor: {tensor} does not divide config.{group}.heads {part.heads}, as cuDNN's attention needs; "
+        f"give a divisor, or set config.{group}.attention to plain"
+    ]
 
 
 def sampling_problems(config: ConfigDict) -> list[str]:

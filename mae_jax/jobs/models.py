@@ -88,7 +88,11 @@ def load_config(path: str | Path, **unsaid) -> ConfigDict:
     """
     if foreign.is_foreign(path):
         return ConfigDict(foreign.read(path, weights=False, **unsaid)[0])
-    return ConfigDict(checkpoint.load_config(path))
+    config = ConfigDict(checkpoint.load_config(path))
+    for part in ("encoder", "decoder"):  # how a run computed its attention says nothing of what can be done here
+        if "attention" in config.get(part, ()):
+            del config[part].attention
+    return config
 
 
 def load(path: str | Path) -> tuple[MAE, dict]:

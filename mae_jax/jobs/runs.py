@@ -24,7 +24,8 @@ from mae_jax.training.checkpoint import Checkpoints, steps_in
 from mae_jax.training.loop import Hook, State, all_of, create_state, fit, in_turn, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh, place
 
-FREE = ("encoder.remat", "decoder.remat")  # of the model, but nothing it learns depends on it
+# of the model, but nothing it learns depends on them
+FREE = tuple(f"{part}.{key}" for part in ("encoder", "decoder") for key in ("remat", "attention"))
 
 
 class Run:

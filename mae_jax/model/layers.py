@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mae_jax.model import ops
+from mae_jax.model import native, ops
 from mae_jax.model.patches import position_rows
 
 
@@ -84,6 +84,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: str = "float32"
+    kind: str = "auto"  # of `ops.ATTENTION`
 
     @nn.compact
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
@@ -91,8 +92,12 @@ class Attention(nn.Module):
 
         qkv = Dense(3 * width, self.dtype, name="qkv")
         q = qkv(x[:, first:], slice(width)).reshape(n, tokens - first, self.heads, -1)
-        kv = qkv(x, slice(width, None)).reshape(n, tokens, 2, self.heads, -1)
-        x = ops.attention(q, kv).reshape(n, tokens - first, width)
+        if native.serves(q):  # one large product
+            kv = qkv(x, slice(width, None)).reshape(n, tokens, 2, self.heads, -1)
+        else:  # two, or a mesh's tensor axis would have the keys on one device and the values on another
+            k, v = (qkv(x, slice(i * width, (i + 1) * width)).reshape(n, tokens, self.heads, -1) for i in (1, 2))
+            kv = jnp.stack([k, v], axis=2)
+        x = ops.attention(q, kv, self.kind).reshape(n, tokens - first, width)
         return Dense(width, self.dtype, name="out")(x)
 
 
@@ -115,12 +120,14 @@ class Block(nn.Module):
 
     Attributes:
       epsilon: of the LayerNorms.
+      attention: one of `ops.ATTENTION`.
     """
 
     heads: int
     mlp_ratio: float = 4.0
     dtype: str = "float32"
     epsilon: float = EPSILON
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, first: int = 0, paths: jax.Array | None = None) -> jax.Array:
@@ -130,7 +137,7 @@ class Block(nn.Module):
           paths: f32[N,2], what each sample's attention and its MLP are multiplied by; see `ViT.draw_paths`.
         """
         normal = LayerNorm(self.dtype, self.epsilon, name="attention_norm")(x)
-        branch = Attention(self.heads, self.dtype, name="attention")(normal, first)
+        branch = Attention(self.heads, self.dtype, self.attention, name="attention")(normal, first)
         x = x[:, first:] + (branch if paths is None else branch * paths[:, :1, None].astype(branch.dtype))
         normal = LayerNorm(self.dtype, self.epsilon, name="mlp_norm")(x)
         branch = MLP(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(normal)

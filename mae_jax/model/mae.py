@@ -24,7 +24,7 @@ class Decoder(nn.Module):
       target_width: T, values to predict per patch.
       width, depth, heads, mlp_ratio: as in `ViT`; the paper's decoder is 512, 8, 16, 4. A depth of 0 is a linear
         head on the encoder.
-      positions, epsilon, remat: as in `ViT`; the paper's positions are fixed.
+      positions, epsilon, remat, attention: as in `ViT`; the paper's positions are fixed.
       dtype: of the matrix products.
     """
 
@@ -36,6 +36,7 @@ class Decoder(nn.Module):
     positions: str = "sincos"
     epsilon: float = EPSILON
     remat: str = "none"
+    attention: str = "auto"
     dtype: str = "float32"
 
     @nn.compact
@@ -53,9 +54,10 @@ class Decoder(nn.Module):
         cls, seen = x[:, :1] + table[:, :1], x[:, 1:] + positions[mask.visible]
         x = jnp.concatenate([cls, seen, mask_token + positions[mask.hidden]], axis=1)  # [N,1+L,width]
         first = 1 if every_patch else 1 + mask.visible.shape[1]
+        options = (self.heads, self.mlp_ratio, self.dtype, self.epsilon, self.attention)
         for i in range(self.depth):
             last = i == self.depth - 1
-            block = block_of(self.remat)(self.heads, self.mlp_ratio, self.dtype, self.epsilon, name=f"block_{i}")
+            block = block_of(self.remat)(*options, name=f"block_{i}")
             x = block(x, first if last else 0)
         x = LayerNorm(self.dtype, self.epsilon, name="norm")(x if self.depth else x[:, first:])
         x = Dense(self.target_width, self.dtype, name="head")(x)

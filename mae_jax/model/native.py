@@ -47,6 +47,11 @@ def unused() -> Iterator[None]:
         _wanted = before
 
 
+def wanted() -> bool:
+    """Whether kernels may be used that are not XLA's; not within `unused()`."""
+    return _wanted
+
+
 def serves(*args: jax.Array) -> bool:
     """Whether the functions of native.cc are to be used for these arguments."""
     return (

@@ -9,7 +9,8 @@ after it is cheap to compute again. tests/model/test_ops.py proves them equal to
 tests/benchmarks/step.py measures what they bring.
 
 On one CPU, what is written here in JAX runs as C++ instead, from the function of the same name in native.cc: `native`
-decides. Products of bfloat16 arrays accumulate in float32.
+decides. On NVIDIA's GPUs 16-bit attention is cuDNN's: `cudnn` decides. Products of bfloat16 arrays accumulate in
+float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mae_jax.model import native
+from mae_jax.model import cudnn, native
 
 PRODUCT = "product"  # the name of what a rematerialisation policy may keep: results of large matrix products
 EXACT = jax.lax.Precision.HIGHEST  # GPUs and TPUs otherwise round float32 factors to TF32 or bfloat16
@@ -147,17 +148,49 @@ def _layer_norm_gradient(x, scale, mean, inverse, g):
 layer_norm.defvjp(_layer_norm_forward, lambda _, saved, g: _layer_norm_gradient(*saved, g))
 
 
-@jax.custom_vjp
-def attention(q, kv):
+# How attention is computed. "auto": by a kernel that never writes the weights down, where there is one, and else by the
+# formula; "plain": by the formula; "fused": by such a kernel.
+ATTENTION = ("auto", "plain", "fused")
+
+
+def no_kernel(dtype, head: int) -> str | None:
+    """Why attention of `dtype`, in heads of `head` values, cannot be "fused" here; None: it can."""
+    if native.serves(jax.ShapeDtypeStruct((), dtype)) or cudnn.serves(dtype, head):
+        return None
+    return (
+        f"no kernel for {jnp.dtype(dtype)} and heads of {head} on {jax.device_count()} {jax.default_backend()} "
+        f"device(s): there is C++ for float32 on one CPU, and cuDNN for bfloat16 and heads of 8, 16, ... "
+        f"{cudnn.LARGEST_HEAD} on NVIDIA GPUs of compute capability {cudnn.OLDEST} and above"
+    )
+
+
+def attention(q, kv, kind="auto"):
     """softmax(q k^T / sqrt(d)) v of each head: queries [N,Q,heads,d], keys and values [N,T,2,heads,d] -> [N,Q,heads,d].
 
     The softmax is float32 for any dtype.
+
+    Args:
+      kind: one of `ATTENTION`.
+
+    Raises:
+      ValueError: there is no such kind, or it is "fused", and there is no kernel for that.
     """
-    return _attention_forward(q, kv)[0]
+    if kind not in ATTENTION:
+        raise ValueError(f"attention is one of {', '.join(ATTENTION)}, not {kind!r}")
+    if kind == "fused" and (reason := no_kernel(q.dtype, q.shape[-1])):
+        raise ValueError(f"attention cannot be fused: {reason}")
+    if kind != "plain" and cudnn.serves(q.dtype, q.shape[-1]):
+        return cudnn.attention(q, kv)
+    return _attention(q, kv, kind)
 
 
-def _attention_forward(q, kv):
-    if native.serves(q, kv):  # there the softmax is computed again, from the logarithms of its sums
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attention(q, kv, kind):
+    return _attention_forward(q, kv, kind)[0]
+
+
+def _attention_forward(q, kv, kind):
+    if kind != "plain" and native.serves(q, kv):  # there the softmax is computed again, from the logarithms of its sums
         n, tokens, heads, _ = q.shape
         out, logsum = native.call("attention", (q.shape, (n, heads, tokens)), q, kv)
         return out, (q, kv, out, logsum)
@@ -167,7 +200,7 @@ def _attention_forward(q, kv):
     return _contract(weights, v, 3, 2, (0, 1)).astype(q.dtype).swapaxes(1, 2), (q, k, v, weights)
 
 
-def _attention_backward(saved, g):
+def _attention_backward(kind, saved, g):
     q, kv, *_ = saved
     if kv.ndim == 5:  # keys and values together, as C++ has kept them
         return native.call("attention_gradient", (q.shape, kv.shape), *saved, g)
@@ -183,4 +216,4 @@ def _attention_backward(saved, g):
     return dq.swapaxes(1, 2), jnp.stack([dk, dv]).transpose(1, 3, 0, 2, 4)
 
 
-attention.defvjp(_attention_forward, _attention_backward)
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -45,6 +45,7 @@ class ViT(nn.Module):
       epsilon: of the LayerNorms; what some of Hugging Face's models have is 1e-12.
       final_norm: without it, tokens are those of the last block: fine-tuning has a norm of its own.
       remat: a row of `layers.REMAT`: what of the blocks is computed twice instead of kept in memory.
+      attention: one of `ops.ATTENTION`: which kernel computes it.
       dtype: of the matrix products, "float32" or "bfloat16"; parameters are float32.
     """
 
@@ -58,6 +59,7 @@ class ViT(nn.Module):
     final_norm: bool = True
     epsilon: float = EPSILON
     remat: str = "none"
+    attention: str = "auto"
     dtype: str = "float32"
 
     @nn.compact
@@ -83,8 +85,9 @@ class ViT(nn.Module):
         x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
         x = x + positions  # float32 from here on, as in every residual stream
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
+        options = (self.heads, self.mlp_ratio, self.dtype, self.epsilon, self.attention)
         for i in range(self.depth):
-            block = block_of(self.remat)(self.heads, self.mlp_ratio, self.dtype, self.epsilon, name=f"block_{i}")
+            block = block_of(self.remat)(*options, name=f"block_{i}")
             x = block(x, 0, None if paths is None else paths[:, i])
         return LayerNorm(self.dtype, self.epsilon, name="norm")(x) if self.final_norm else x
 

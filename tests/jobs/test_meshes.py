@@ -11,7 +11,9 @@ import pytest
 from mae_jax.__main__ import main
 from mae_jax.config import complete, load
 from mae_jax.data.pipeline import Dataset
+from mae_jax.errors import ConfigError
 from mae_jax.jobs import classification, finetune, models, pretrain
+from mae_jax.model import cudnn
 from mae_jax.training import optim
 from mae_jax.training.loop import create_state, make_train_step
 from mae_jax.training.sharding import batch_sharding, make_mesh
@@ -143,6 +145,17 @@ def test_fine_tuning_with_all_that_is_random_is_the_same_on_a_mesh_in_parts():
     assert_same_gradients(gradients, want_gradients)
 
 
+def test_heads_that_a_mesh_would_split_are_refused_where_cudnn_computes_attention(monkeypatch):
+    overrides = ("--config.dtype=bfloat16", "--config.mesh.data=1", "--config.mesh.tensor=8")
+    config, _ = load(VIT, (*TI_64, "--config.decoder.heads=8", *overrides))
+    pretrain.check(config)
+    monkeypatch.setattr(cudnn, "capability", lambda: 8.0)
+    with pytest.raises(ConfigError, match=r"^config\.mesh\.tensor: 8 does not divide config\.encoder\.heads 3, "):
+        pretrain.check(config)
+    config.encoder.attention = "plain"
+    pretrain.check(config)
+
+
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
 
 
@@ -157,6 +170,14 @@ def sent(training):
             size = sum(BYTES[kind] * np.prod([int(n) for n in dims.split(",") if n] or [1]) for kind, dims in shapes)
             found[match[2]] = found.get(match[2], 0) + int(size)
     return found
+
+
+def test_a_tensor_axis_sends_no_queries_keys_or_values():
+    """Of activations it sends sums alone: what a device computes of attention is whole heads."""
+    training = Training(VIT, MESHES["fsdp4-tensor2"], (*TI_64, "--config.encoder.depth=1", "--config.encoder.heads=4"))
+    found, whole = sent(training), sum(leaf.size * 4 for leaf in jax.tree.leaves(training.abstract.params))
+    assert found.keys() == {"all-gather", "all-reduce", "collective-permute"}  # no all-to-all
+    assert found["collective-permute"] < whole / 8, "of the columns of qkv, which lie otherwise than heads"
 
 
 @pytest.mark.parametrize("name", ["data8", "fsdp8"])

@@ -112,7 +112,7 @@ TRANSFORMATIONS = {
 
 
 def test_every_operation_with_its_own_backward_pass_is_a_case():
-    own = {name for name, f in vars(ops).items() if isinstance(f, jax.custom_vjp)}
+    own = {name.removeprefix("_") for name, f in vars(ops).items() if isinstance(f, jax.custom_vjp)}
     assert own == {case.split()[0] for case in CASES}
 
 
@@ -185,6 +185,20 @@ def test_unused_is_plain_jax(calls):
     with native.unused():
         run(with_gradients(operation("mlp")), args, calls=set())
     run(with_gradients(operation("mlp")), args, calls["mlp"])
+
+
+def test_attention_says_how_it_is_computed(calls):
+    """Plain is the formula wherever it runs; fused is a kernel, or refused with what there is."""
+    args = draw(CASES["attention"][2])
+    f = with_gradients(lambda *args: ops.attention(*args, "plain"))
+    assert_equal_autodiff(*run(f, args, calls=set()), "attention", args)
+    if calls["attention"]:
+        run(with_gradients(lambda *args: ops.attention(*args, "fused")), args, calls["attention"])
+    else:
+        with pytest.raises(ValueError, match=r"no kernel for float32 and heads of 8 on 8 cpu device\(s\): there"):
+            ops.attention(*args, "fused")
+    with pytest.raises(ValueError, match="attention is one of auto, plain, fused, not 'flash'"):
+        ops.attention(*args, "flash")
 
 
 def test_the_backward_pass_goes_with_the_forward_pass(calls):
