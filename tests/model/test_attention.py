@@ -20,8 +20,8 @@ def test_attention_is_that_of_the_last_block_in_the_encoder_s_own_pass(depth, po
     params = jax.jit(encoder.init)(jax.random.key(1), images)["params"]
     params = jax.tree.map(lambda x: 3 * x, params)  # attention that is far from uniform
     whole = jax.jit(lambda p, x: encoder.apply({"params": p}, x, capture_intermediates=True, mutable="intermediates"))
-    q, kv = whole(params, images)[1]["intermediates"][f"block_{depth - 1}"]["attention"]["qkv"]["__call__"]
-    q, k = (np.asarray(x, np.float64).reshape(3, 13, 4, 4) for x in (q, kv[..., :16]))
+    q, k, _ = whole(params, images)[1]["intermediates"][f"block_{depth - 1}"]["attention"]["qkv"]["__call__"]
+    q, k = (np.asarray(x, np.float64).reshape(3, 13, 4, 4) for x in (q, k))
     logits = np.einsum("nqhd,nkhd->nhqk", q, k)[:, :, 0] / 2
     weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     got = jax.jit(lambda p, x: attended(encoder, p, x))(params, images)
