@@ -6,7 +6,6 @@ same command on each; --coordinator=HOST:PORT --processes=N --process=I tell wha
 
 from __future__ import annotations
 
-import contextlib
 import keyword
 import logging
 import os
@@ -14,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from mae_jax import compiled
 from mae_jax.errors import ConfigError, Interrupted, UserError, nearest, report
@@ -98,8 +98,14 @@ def _run(argv: list[str]) -> int:
     native.keep_freed_memory()
     from mae_jax.training import hosts
 
-    with hosts.joined(flags) if job.WRITES_WORKDIR else contextlib.nullcontext():
+    if not job.WRITES_WORKDIR:
         job.run(settings, workdir, **beside)
+        return 0
+    with hosts.joined(flags):
+        told = {f"config.{key}": value for key, value in config.flatten(settings).items()}
+        versions = {f"the version of {name}": version(name) for name in ("mae_jax", "jax")}
+        hosts.agree({"the job": name, "--workdir": workdir} | told | versions)
+        job.run(settings, workdir)
     return 0
 
 

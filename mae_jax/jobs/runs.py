@@ -59,9 +59,7 @@ class Run:
         _compare_with_earlier_run(config, workdir, fixed)
         self.checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
         hosts.agree(
-            {f"config.{key}": value for key, value in flatten(to_json(config)).items()}
-            | {"the version of mae_jax": version("mae_jax"), "the version of JAX": jax.__version__}
-            | {"--workdir": workdir, "the newest checkpoint in it": self.checkpoints.latest_step}
+            {f"the newest checkpoint in {workdir}": self.checkpoints.latest_step}
             | {"the number of training images": data.opened.size}
         )
         if (self.checkpoints.latest_step or 0) > self.steps:
@@ -77,6 +75,7 @@ class Run:
         write_json(workdir / "config.json", to_json(config))
         if hosts.leads():
             (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
+        hosts.see_what_the_first_wrote(workdir)
         self.mesh = make_mesh(**config.mesh)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
         self.last_look = {}

@@ -19,8 +19,10 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -60,37 +62,52 @@ def joined(flags: Mapping[str, str], environ: Mapping[str, str] = os.environ) ->
     found = _arguments(flags, environ)
     hang = _number(flags, "hang", hang, least=0)
     heartbeat = _number(flags, "heartbeat", 60, least=1)
-    if found is None:
-        try:
+    try:
+        if found is None or not _initialize(found, heartbeat):
             yield
-        finally:
-            hang = before
-        return
-    _abort_as_lost()
-    missed = threading.Timer(PATIENCE, _give_up)  # a moment before JAX does, in many more words
-    missed.daemon = True
-    missed.start()
+            return
+        try:
+            with failing_at_once():
+                _refuse_uneven_hosts()
+                yield
+                jax.distributed.shutdown()
+        except UserError as error:
+            report(error, _name())
+            _end(error.exit_code)
+    finally:
+        hang = before
+
+
+def _initialize(found: Mapping, heartbeat: int) -> bool:
+    """Wait for the other processes; False where a machine with TPUs knows of none."""
+    waiting = [threading.Timer(PATIENCE / 30, _ask_for_patience), threading.Timer(PATIENCE, _give_up)]
+    for timer in waiting:  # the last a moment before JAX gives up, in many more words
+        timer.daemon = True
+        timer.start()
     try:
         jax.distributed.initialize(**found, initialization_timeout=PATIENCE + 10, heartbeat_timeout_seconds=heartbeat)
     except ValueError:
         if found:
             raise
-        yield  # a machine with TPUs on which nothing tells of others
-        return
+        return False
     except RuntimeError as error:
         report(Lost(f"the processes of the job do not find each other: {_first_line(error)}"))
         _end(Lost.exit_code, 0)
     finally:
-        missed.cancel()
+        for timer in waiting:
+            timer.cancel()
+    _abort_as_lost()
+    _hear_sigterm(False)
     if not leads():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    try:
-        with failing_at_once():
-            yield
-            jax.distributed.shutdown()
-    except UserError as error:
-        report(error, _name())
-        _end(error.exit_code)
+    return True
+
+
+def _refuse_uneven_hosts() -> None:
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{counts[process]} on process {process}" for process in sorted(counts))
+        raise ConfigError(f"every process of a job has to have as many devices as the others, not {told}")
 
 
 @contextlib.contextmanager
@@ -117,8 +134,17 @@ def failing_at_once() -> Iterator[None]:
 LOST = r"(?i)gloo|connection (closed|reset|refused)|UNAVAILABLE|heartbeat|coordination service|unhealthy|barrier"
 
 
+def _ask_for_patience() -> None:
+    print(f"mae-jax: waiting for the other processes of the job, up to {PATIENCE} s", file=sys.stderr, flush=True)
+
+
 def _give_up() -> None:
-    report(Lost(f"not all processes of the job have come in {PATIENCE} s; run the same command on every host"))
+    report(
+        Lost(
+            f"not all processes of the job have come in {PATIENCE} s; run the same command on every host, with "
+            "numbers from 0 on for --process, each once"
+        )
+    )
     os._exit(Lost.exit_code)
 
 
@@ -146,15 +172,28 @@ def _shut_down() -> None:
         jax.distributed.shutdown()
 
 
+_C = ctypes.CDLL(None)
+_C.signal.argtypes, _C.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+_jax_handler: int | None = None  # of SIGTERM: it has all processes learn of it, and nobody obey
+
+
 def _abort_as_lost() -> None:
-    """JAX aborts a process that misses another one; have it end with the exit code of `Lost`, 6.
+    """JAX aborts a process that misses another one; have any abort end it with the exit code of `Lost`, 6.
 
     That is the number of the signal too, so that C's own _exit can be its handler: Python's would come too late.
     """
-    c = ctypes.CDLL(None)
-    c.signal.argtypes, c.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     assert Lost.exit_code == signal.SIGABRT
-    c.signal(signal.SIGABRT, ctypes.cast(c._exit, ctypes.c_void_p))
+    _C.signal(signal.SIGABRT, ctypes.cast(_C._exit, ctypes.c_void_p))
+
+
+def _hear_sigterm(heard: bool) -> None:
+    """Have JAX note SIGTERM, for a loop that asks for it; or else have it end the process, as usual."""
+    global _jax_handler
+    if heard:
+        _C.signal(signal.SIGTERM, _jax_handler)
+    else:
+        found = _C.signal(signal.SIGTERM, None)  # SIG_DFL
+        _jax_handler = _jax_handler or found
 
 
 def _arguments(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict | None:
@@ -201,8 +240,8 @@ def _try_port(coordinator: str) -> None:
 
 def _number(flags: Mapping[str, str], flag: str, default: float, least: int) -> int:
     text = flags.get(flag, str(int(default)))
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"--{flag}={text}: is not a whole number from {least} on")
+    if not re.fullmatch("[0-9]{1,7}", text) or int(text) < least:
+        raise ConfigError(f"--{flag}={text}: is not a whole number from {least} on, of at most seven digits")
     return int(text)
 
 
@@ -231,7 +270,8 @@ def agree(facts: Mapping[str, object]) -> None:
         ((usual, _),) = Counter(values).most_common(1)
         odd = [f"{value} on process {i}" for i, value in enumerate(values) if value != usual]
         if odd:
-            problems.append(f"{key}: {', '.join(odd)}, but {usual} on most; start all with the same")
+            most = f"process {values.index(usual)}" + " and others" * (values.count(usual) > 1)
+            problems.append(f"{key}: {', '.join(odd)}, but {usual} on {most}; start all with the same")
     if problems:
         raise ConfigError(problems)
 
@@ -242,33 +282,66 @@ def meet(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
+def see_what_the_first_wrote(workdir: Path) -> None:
+    """Make sure that all processes have the same folder `workdir`.
+
+    Raises:
+      ConfigError: some do not see a file that process 0 has written there; checkpoints would wait for them for ever.
+    """
+    if jax.process_count() == 1:
+        return
+    word = gather(uuid.uuid4().hex)[0]
+    file = workdir / f"seen_{word}.tmp"
+    if leads():
+        file.write_text(word)
+    meet("the file is there")
+    deadline = time.monotonic() + PATIENCE / 10  # which some file systems of networks need
+    while not (seen := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [str(i) for i, told in enumerate(gather(str(seen))) if told != "True"]
+    if leads():
+        file.unlink()
+    if blind:
+        raise ConfigError(
+            f"--workdir={workdir}: process {', '.join(blind)} does not see what process 0 writes there; name a folder "
+            "that all hosts share, or gs://BUCKET/..."
+        )
+
+
 class Signals:
-    """Within it, SIGTERM and Ctrl-C are noted instead of obeyed; a second one acts as usual."""
+    """Within it, SIGTERM and Ctrl-C are noted instead of obeyed.
+
+    A second one acts as usual; but of several processes only Ctrl-C does, as SIGTERM is JAX's there.
+    """
 
     def __enter__(self):
-        self.received, self.before = 0, {}
-        several = jax.process_count() > 1  # JAX's own handler of SIGTERM tells the other processes then
-        for signum in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
-            self.before[signum] = signal.signal(signum, self._tell if several else self._note)
+        self.received, self.before, self.several = 0, {}, jax.process_count() > 1
+        for signum in (signal.SIGINT,) if self.several else (signal.SIGTERM, signal.SIGINT):
+            self.before[signum] = signal.signal(signum, self._note)
+        if self.several:
+            _hear_sigterm(True)
         return self
 
     def _note(self, signum, frame):
         self.received = signum
         signal.signal(signum, self.before[signum])
-
-    def _tell(self, signum, frame):
-        self._note(signum, frame)
-        signal.raise_signal(signal.SIGTERM)
+        if self.several:
+            signal.raise_signal(signal.SIGTERM)
 
     def at(self, step: int) -> int:
-        """The signal that ends the run at this step, the same step on all processes; 0: none does."""
-        if jax.process_count() == 1:
+        """The signal that ends the run at this step, the same step on all processes; 0: none does.
+
+        To be asked once before each step, on every process: that is how they agree.
+        """
+        if not self.several:
             return self.received
         return (self.received or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
 
     def __exit__(self, *exc):
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
+        if self.several:
+            _hear_sigterm(False)
 
 
 class Watchdog:

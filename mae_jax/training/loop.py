@@ -192,7 +192,7 @@ def fit(
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
     """
-    first = int(state.step)
+    first, scalars = int(state.step), None
     with Signals() as signals, Watchdog() as watchdog:
         for step in range(first, steps + 1):
             due = [hook for period, hook in hooks if step == steps or (period and step % period == 0)]
@@ -209,11 +209,13 @@ def fit(
                 raise Interrupted(signum, f"stopped at step {step}; the same command goes on from there")
             with progress.waiting():
                 batch = next(batches)
+            before = scalars
             state, scalars = train_step(state, batch)
             if step == first:
                 jax.block_until_ready(scalars)
                 progress.start(step + 1)
+            jax.block_until_ready(before)  # no more than one step ahead, so that a signal need not wait for many
+            watchdog.step()
             if (step + 1) % every == 0 or step + 1 == steps:
                 progress.log(step + 1, jax.device_get(scalars))
-            watchdog.step()
     return state

@@ -18,6 +18,10 @@ from mae_jax.__main__ import main
 
 HEARTBEAT = 5  # seconds
 CLOCKS = {"train/images_per_second", "perf/data_wait_fraction"}
+VIT_TI = (  # on pictures of 64 pixels
+    *("--config.data.image_size=(64,64)", "--config.encoder.patch_size=8", "--config.encoder.width=192"),
+    *("--config.encoder.depth=12", "--config.encoder.heads=3", "--config.mesh.fsdp=2"),
+)
 SMALL = (
     *("--config.data.batch_size=32", "--config.log.every=1", "--config.eval.every=0"),
     *("--config.monitor.every=0", "--config.pictures.every=0"),
@@ -27,7 +31,7 @@ SMALL = (
 class Together:
     """`processes` of one job, started."""
 
-    def __init__(self, folder, compiled, processes, devices, arguments, alone=False):
+    def __init__(self, folder, compiled, processes, devices, arguments, alone=False, cwd=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -40,9 +44,11 @@ class Together:
             flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
             flags += [f"--heartbeat={HEARTBEAT}"]
             own = arguments[i] if isinstance(arguments[0], tuple) else arguments
-            command = [sys.executable, "-m", "mae_jax", *own, *([] if alone else flags)]
+            command = [sys.executable, "-m", "mae_jax", own[0], *([] if alone else flags), *own[1:]]
             with log.open("w") as file:
-                started = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | settings)
+                started = subprocess.Popen(
+                    command, stdout=file, stderr=file, env=os.environ | settings, cwd=cwd and cwd[i]
+                )
             self.processes.append(started)
 
     def codes(self, timeout=300):
@@ -63,8 +69,8 @@ def together(tmp_path, compiled):
     """A function that starts processes of one job, and sees to it that none outlives the test."""
     started = []
 
-    def start(processes, *arguments, devices=2, alone=False):
-        started.append(Together(tmp_path, compiled, processes, devices, arguments, alone))
+    def start(processes, *arguments, devices=2, **options):
+        started.append(Together(tmp_path, compiled, processes, devices, arguments, **options))
         return started[-1]
 
     yield start
@@ -124,6 +130,7 @@ def test_two_processes_compute_what_one_does(together, tmp_path):
         ("digits,tiny", ("--config.mesh.data=4",)),
         ("digits,tiny", ("--config.mesh.tensor=2",)),  # of four processes, two have the same images
         ("folder,tiny", ("--config.mesh.fsdp=4", "--config.data.repeats=2")),
+        ("vit_b16,tiny", VIT_TI),
     ],
 )
 def test_no_number_of_processes_changes_anything(together, tmp_path, recipe, more):
@@ -177,11 +184,32 @@ def test_a_signal_to_one_has_all_save_the_same_step(together, tmp_path, processe
 
 
 @pytest.mark.slow
+def test_a_signal_to_all_at_once(together, tmp_path):
+    workdir = tmp_path / "run"
+    job = together(2, *pretrain(workdir, steps=100_000))
+    wait_for_step(workdir, 10)
+    for process in job.processes:
+        process.send_signal(signal.SIGTERM)
+    assert job.codes(60) == [143, 143], job.told(0)
+    assert len(list((workdir / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_share_the_workdir_are_told(together, tmp_path):
+    elsewhere = [tmp_path / "a", tmp_path / "b"]
+    for folder in elsewhere:
+        folder.mkdir()
+    job = together(2, *pretrain("run"), devices=1, cwd=elsewhere)
+    assert job.codes(200) == [2, 2], job.told(0)
+    assert "process 1 does not see what process 0 writes there" in job.told(0)
+
+
+@pytest.mark.slow
 def test_processes_that_differ_are_named(together, tmp_path):
     commands = [pretrain(tmp_path / "run", f"--config.seed={int(i == 1)}") for i in range(4)]
     job = together(4, *commands, devices=1)
     assert job.codes(120) == [2] * 4
-    assert "config.seed: 1 on process 1, but 0 on most" in job.told(0)
+    assert "config.seed: 1 on process 1, but 0 on process 0 and others" in job.told(0)
     assert "Traceback" not in job.told(1)
 
 
@@ -206,11 +234,12 @@ def test_no_process_may_be_left_without_work(together, tmp_path):
 @pytest.mark.slow
 def test_what_hangs_ends(together, tmp_path):
     workdir = tmp_path / "run"
-    job = together(2, *pretrain(workdir, "--hang=4", steps=100_000), devices=1)
+    job = together(2, *pretrain(workdir, "--hang=4", "--heartbeat=300", steps=100_000), devices=1)
     wait_for_step(workdir, 5)
     job.processes[1].send_signal(signal.SIGSTOP)  # it does not even die
     job.processes[0].wait(60)
     assert job.processes[0].returncode == 6, job.told(0)
+    assert "no step in 4 s" in job.told(0)
     job.processes[1].kill()
 
 

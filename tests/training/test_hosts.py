@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -22,6 +24,7 @@ def initialized(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
     monkeypatch.setattr(hosts, "_abort_as_lost", lambda: None)
+    monkeypatch.setattr(hosts, "_hear_sigterm", lambda heard: None)
     monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
     return calls
 
@@ -84,8 +87,12 @@ def test_a_machine_with_tpus_asks_jax(initialized, monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
-    with hosts.joined({}, {}):
-        assert hosts.leads()
+    monkeypatch.setattr(hosts, "PATIENCE", 0.5)
+    before = hosts.hang
+    with hosts.joined({"hang": "7"}, {}):
+        assert hosts.leads() and hosts.hang == 7
+        time.sleep(1)  # nobody is waited for any more
+    assert hosts.hang == before
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,7 @@ def test_a_machine_with_tpus_asks_jax(initialized, monkeypatch):
         ({"coordinator": "a:1", "processes": "2", "process": "-1"}, "--process=-1: is not a whole number from 0 on"),
         ({"coordinator": "a", "processes": "2", "process": "0"}, "--coordinator=a: is not HOST:PORT"),
         ({"coordinator": "a:99999", "processes": "2", "process": "0"}, "--coordinator=a:99999: cannot listen there"),
+        ({"heartbeat": "99999999999"}, "of at most seven digits"),
         ({"hang": "soon"}, "--hang=soon: is not a whole number from 0 on"),
     ],
 )
@@ -128,7 +136,7 @@ def test_what_fails_on_a_process_alone_is_raised():
         raise RuntimeError("gloo")
 
 
-@pytest.mark.parametrize(("odd", "told"), [(None, None), (2, r"seed: 7 on process 2, but 0 on most")])
+@pytest.mark.parametrize(("odd", "told"), [(None, None), (2, r"seed: 7 on process 2, but 0 on process 0 and others")])
 def test_facts_have_to_agree(monkeypatch, odd, told):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     texts = [json.dumps({"seed": "7" if i == odd else "0", "steps": "5"}) for i in range(3)]
@@ -138,6 +146,12 @@ def test_facts_have_to_agree(monkeypatch, odd, told):
     else:
         with pytest.raises(ConfigError, match=told):
             hosts.agree({"seed": 0, "steps": 5})
+
+
+def test_hosts_need_the_same_number_of_devices(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=i) for i in (0, 1, 1)])
+    with pytest.raises(ConfigError, match="not 1 on process 0, 2 on process 1"):
+        hosts._refuse_uneven_hosts()
 
 
 def test_signals_are_noted_once():
@@ -152,6 +166,7 @@ def test_signals_are_noted_once():
 
 HANGING = """
 import time
+from types import SimpleNamespace
 from mae_jax.training import hosts
 hosts.hang = 1.0
 with hosts.Watchdog() as watchdog:
