@@ -64,10 +64,11 @@ def repeated(step, state, batch):
     return run, step.memory_analysis().temp_size_in_bytes
 
 
-def training_step(config, model=None, devices=1):
+def training_step(config, model=None, **sizes):
     """This project's own train step: the jitted function, its state as shapes, how to make that, and a batch.
 
-    Of `model` in place of the autoencoder that `config` describes, if one is given.
+    Of `model` in place of the autoencoder that `config` describes, if one is given; on a mesh of `sizes`, or on one
+    device.
     """
     import jax
     import numpy as np
@@ -75,7 +76,7 @@ def training_step(config, model=None, devices=1):
     from mae_jax.jobs import models, pretrain, runs
     from mae_jax.training.sharding import batch_sharding, make_mesh
 
-    mesh, keys = make_mesh(data=devices), (jax.random.key(0), jax.random.key(1))
+    mesh, keys = make_mesh(**{"data": 1} | sizes), (jax.random.key(0), jax.random.key(1))
     autoencoder, target = models.build(config)
     model = model or autoencoder
     init = pretrain.make_init(model, config)
