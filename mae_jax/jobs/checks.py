@@ -59,8 +59,10 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     if config.optim.layer_decay != 1:
         problems.append("config.optim.layer_decay: is for fine-tuning; leave it out")
     wrong = image_size_problems(config)
-    problems += wrong or mask_problems(config, grid_of(data.image_size, patch))
-    problems += wrong or start_problems(config, grid_of(data.image_size, patch))
+    if not wrong:
+        grid = grid_of(data.image_size, patch)
+        wrong = mask_problems(config, grid) + start_problems(config, grid)
+    problems += wrong
     return problems + transformer_problems("encoder", config, 1) + transformer_problems("decoder", config, 0)
 
 

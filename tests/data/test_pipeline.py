@@ -280,14 +280,13 @@ class Held:
         return {f"device {i}": (part,) for i, part in enumerate(self.slices)}
 
 
-@pytest.mark.parametrize("name", ["folder", "synthetic", "repeated"])
 @pytest.mark.parametrize(
-    "hosts",
+    ("name", "hosts"),
     [
-        [[(0, 4), (4, 8)], [(8, 12), (12, 16)]],
-        [[(8, 12), (0, 4)], [(4, 8), (12, 16)]],  # as the links of a pod have it
-        [[(0, 8), (8, 16)], [(0, 8), (8, 16)]],  # tensor parallelism from one host to the other
-        [[(0, 1), (1, 2)], [(2, 3), (3, 16)]],  # repeats of one image on two hosts
+        ("synthetic", [[(0, 4), (4, 8)], [(8, 12), (12, 16)]]),
+        ("folder", [[(8, 12), (0, 4)], [(4, 8), (12, 16)]]),  # as the links of a pod have it
+        ("synthetic", [[(0, 8), (8, 16)], [(0, 8), (8, 16)]]),  # tensor parallelism from one host to the other
+        ("repeated", [[(0, 1), (1, 2)], [(2, 3), (3, 16)]]),  # repeats of one image on two hosts
     ],
 )
 def test_hosts_make_their_parts_of_the_same_batches(name, hosts, sets, monkeypatch):
