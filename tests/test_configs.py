@@ -28,7 +28,10 @@ IMAGENET_TRAIN = 1_281_167
 DIFFERENT = {str(recipes.get_config(f"{name},tiny")): name for name in recipes.RECIPES}.values()
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
+QUICK = {"digits", "folder"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DIFFERENT])
 def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_compilation):
     one_device = "--config.mesh.data=1"  # compiles in half the time
     assert main(["pretrain", f"--config=configs/pretrain.py:{name},tiny", f"--workdir={tmp_path}", one_device]) == 0

@@ -294,6 +294,7 @@ def test_processes_killed_three_times_end_as_if_they_had_not_been(tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_losses_on_1_and_8_devices_agree(trained, tmp_path):
     less = ("--config.eval.every=0", "--config.monitor.every=0")
     assert pretraining(tmp_path, *SHORT, *less, "--config.mesh.data=1") == 0
