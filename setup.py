@@ -31,7 +31,7 @@ setup(
         "tensorboard>=2.20",  # clu.metric_writers imports it without declaring it
         "importlib_resources>=6",  # tensorflow-datasets needs it to prepare, without declaring it
         "array_record>=0.8; platform_system != 'Windows'",  # the random-access format of prepared data sets
-        "scikit-learn>=1.5",  # the digits
+        "scikit-learn>=1.5",  # the digits, principal components, k-means
         "flatbuffers>=24",  # jax.export writes StableHLO files with it, without declaring it
         "safetensors>=0.6",  # the files of Hugging Face and timm
         "ml_dtypes>=0.5",  # their bfloat16
@@ -48,7 +48,11 @@ setup(
         ],
         "torch": ["torch==2.13.0"],  # import and export of .pth files
         "onnx": ["jax2onnx==0.13.0", "onnxruntime>=1.24"],  # export; later jax2onnx refuse our Orbax; and to run it
-        "parity": ["torch==2.13.0", "transformers>=5.23,<6"],  # the references that tests compare with
+        "parity": [
+            "torch==2.13.0",
+            "transformers>=5.23,<6",
+            "scikit-image>=0.26",
+        ],  # the references that tests compare with
         "gpu": ["jax[cuda13]>=0.10,<0.11"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
     },

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             "images": "",
             "split": "",
             "count": 16,
-            "mask": {"name": "random", "ratio": 0.75},
+            "mask": {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0},
             "seed": 0,
         }
     )

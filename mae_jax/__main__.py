@@ -1,6 +1,7 @@
 """The command line: `mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]`.
 
-Jobs that have no config, import and export, have flags of their own.
+Jobs that have no config, import and export, have flags of their own. The others run on several hosts as well, with the
+same command on each; --coordinator=HOST:PORT --processes=N --process=I tell what Slurm and TPU VMs tell by themselves.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from mae_jax import compiled
-from mae_jax.errors import ConfigError, Interrupted, UserError, nearest
+from mae_jax.errors import ConfigError, Interrupted, UserError, nearest, report
+from mae_jax.files import path_of
 from mae_jax.jobs import JOBS
 
 USAGE = "usage: mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]"
+
+# flags that are read by training/hosts.py
+OF_SEVERAL_HOSTS = ("coordinator", "processes", "process", "heartbeat", "hang")
+SEVERAL = ("--coordinator=HOST:PORT", "--processes=N", "--process=I")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mae-jax: interrupted", file=sys.stderr)
         return 130
     except UserError as error:
-        for problem in error.problems:
-            print("mae-jax:", " ".join(problem.split()), file=sys.stderr)  # one line each, whatever was quoted
-        return error.exit_code
+        return report(error)
 
 
 def _run(argv: list[str]) -> int:
@@ -42,12 +47,16 @@ def _run(argv: list[str]) -> int:
         width = max(map(len, JOBS))
         print(USAGE, "", "jobs:", *(f"  {name:{width}}  {what}" for name, what in JOBS.items()), sep="\n")
         print("\nmae-jax JOB --help says what a job reads and writes.")
+        print("On several hosts: the same command on each, under Slurm, on a TPU VM, or with", " ".join(SEVERAL))
         return 0
     name, *arguments = argv
     if name not in JOBS:
         raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{nearest(name, JOBS)}")
     job = import_module(f"mae_jax.jobs.{name}" + "_" * keyword.iskeyword(name))
     usage = USAGE.replace("JOB", name)
+    also = getattr(job, "ALSO", ())  # flags beside the config
+    if also:
+        usage = usage.replace("--workdir=DIR", " ".join(f"--{flag}=..." for flag in also))
     own = getattr(job, "FLAGS", None)
     if own:
         usage = f"usage: mae-jax {name} " + " ".join(f"--{flag}=..." for flag in job.REQUIRED)
@@ -55,7 +64,8 @@ def _run(argv: list[str]) -> int:
         print(usage, "", job.__doc__.strip(), sep="\n")
         return 0
     required = job.REQUIRED if own else ["config"] + ["workdir"] * job.WRITES_WORKDIR
-    flags, rest = _flags(arguments, own or ("config", "workdir"), required, usage)
+    known = own or ("config", "workdir", *also, *OF_SEVERAL_HOSTS * job.WRITES_WORKDIR)
+    flags, rest = _flags(arguments, known, required, usage)
     if own:
         if rest:
             raise ConfigError(
@@ -73,11 +83,12 @@ def _run(argv: list[str]) -> int:
 
     from mae_jax import config
 
-    workdir = config.path_of("workdir", flags.get("workdir", "."))
+    workdir = path_of("workdir", flags.get("workdir", "."))
+    beside = {flag: flags[flag] for flag in also if flag in flags}
     settings, problems = config.load(flags["config"], rest)
     if problems:
         try:
-            job.check(settings)
+            job.check(settings, **beside)
         except UserError as error:
             problems += error.problems
         raise ConfigError(problems)
@@ -85,7 +96,16 @@ def _run(argv: list[str]) -> int:
 
     _keep_what_is_compiled()
     native.keep_freed_memory()
-    job.run(settings, workdir)
+    from mae_jax.training import hosts
+
+    if not job.WRITES_WORKDIR:
+        job.run(settings, workdir, **beside)
+        return 0
+    with hosts.joined(flags):
+        told = {f"config.{key}": value for key, value in config.flatten(settings).items()}
+        versions = {f"the version of {name}": version(name) for name in ("mae_jax", "jax")}
+        hosts.agree({"the job": name, "--workdir": workdir} | told | versions)
+        job.run(settings, workdir)
     return 0
 
 

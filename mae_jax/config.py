@@ -101,41 +101,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def path_of(flag: str, text: str) -> Path:
-    """The path that a flag names; "~" is the user's home.
-
-    Raises:
-      ConfigError: there is no such user.
-    """
-    path = Path(os.path.expanduser(text))
-    if str(path).startswith("~"):
-        raise ConfigError(f"--{flag}={text}: no such user")
-    return path
-
-
-def write_json(path: Path, value) -> None:
-    """Write a JSON file whole or not at all, so that a crash leaves no half of one."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    unfinished.replace(path)
-
-
-def make_workdir(workdir: Path) -> None:
-    """Make the folder `workdir` unless it is there.
-
-    Raises:
-      ConfigError: it cannot be made or written to.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        writable = os.access(workdir, os.W_OK | os.X_OK)
-        reason = "it is not writable"
-    except OSError as error:
-        writable, reason = False, error.strerror
-    if not writable:
-        raise ConfigError(f"--workdir={workdir}: {reason}; name a folder that can be made and written to")
-
-
 def flatten(config: Mapping, prefix: str = "") -> dict:
     """The leaves of a config by dotted path: {"mask.ratio": 0.75, ...}; `UNSET` for a required placeholder."""
     leaves = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -43,9 +44,22 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class Lost(UserError):
+    """Another process of the job is gone, or this one hangs: the same command, run again, goes on."""
+
+    exit_code = 6
+
+
 class Interrupted(UserError):
     """SIGTERM or Ctrl-C, after the state was saved."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def report(error: UserError, where: str = "") -> int:
+    """Print a line for each problem, `where` before it; returns the exit code."""
+    for problem in error.problems:
+        print("mae-jax:", where + " ".join(problem.split()), file=sys.stderr, flush=True)  # whatever was quoted
+    return error.exit_code

@@ -28,7 +28,10 @@ IMAGENET_TRAIN = 1_281_167
 DIFFERENT = {str(recipes.get_config(f"{name},tiny")): name for name in recipes.RECIPES}.values()
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
+QUICK = {"digits", "folder"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DIFFERENT])
 def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_compilation):
     one_device = "--config.mesh.data=1"  # compiles in half the time
     assert main(["pretrain", f"--config=configs/pretrain.py:{name},tiny", f"--workdir={tmp_path}", one_device]) == 0
@@ -78,8 +81,10 @@ def test_imagenet_recipes_have_the_numbers_of_the_paper(name):
     assert config.data.flip is True
     assert tuple(config.pixels.mean) == (0.485, 0.456, 0.406)
     assert tuple(config.pixels.std) == (0.229, 0.224, 0.225)
-    assert config.mask.to_dict() == {"name": "random", "ratio": 0.75}
-    assert config.target.to_dict() == {"name": "normalized_pixels"}
+    assert config.mask.to_dict() == {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0}
+    assert config.mask_schedule.to_dict() == {"start": None, "stages": 4}
+    assert config.target.to_dict() == {"name": "normalized_pixels", "size": None}
+    assert config.loss.to_dict() == {"name": "", "patches": "hidden"}
     decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none", "attention": "auto"}
     assert config.decoder.to_dict() == decoder
     assert config.optim.to_dict() == {

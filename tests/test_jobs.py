@@ -294,6 +294,7 @@ def test_processes_killed_three_times_end_as_if_they_had_not_been(tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_losses_on_1_and_8_devices_agree(trained, tmp_path):
     less = ("--config.eval.every=0", "--config.monitor.every=0")
     assert pretraining(tmp_path, *SHORT, *less, "--config.mesh.data=1") == 0
@@ -489,7 +490,7 @@ def test_reconstruct_leaves_a_picture_and_the_loss_of_every_image(init, ratio, t
     assert reconstruction(trained / init, tmp_path, f"--config.mask.ratio={ratio}", "--config.count=5") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["init"] == str(trained / init)
-    assert results["mask"] == {"name": "random", "ratio": ratio}
+    assert results["mask"] == {"name": "random", "ratio": ratio, "unit": 1, "temperature": 1.0}
     losses = list(results["loss_by_image"].values())
     assert results["examples"] == len(losses) == 5
     assert results["loss"] == pytest.approx(np.mean(losses), rel=1e-6)

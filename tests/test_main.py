@@ -80,8 +80,27 @@ MISTAKES = {
     "negative ratio": (f"{DIGITS} --config.mask.ratio=-0.5", ["config.mask.ratio", "-0.5"]),
     "ratio nan": (f"{DIGITS} --config.mask.ratio=nan", ["config.mask.ratio", "nan"]),
     "ratio inf": (f"{DIGITS} --config.mask.ratio=inf", ["config.mask.ratio", "inf"]),
+    "mask unit 0": (f"{DIGITS} --config.mask.unit=0", ["config.mask.unit: 0", "4x4"]),
+    "mask unit of the whole image": (f"{DIGITS} --config.mask.unit=4", ["config.mask.unit: 4", "4x4"]),
+    "temperature 0": (f"{DIGITS} --config.mask.temperature=0", ["config.mask.temperature: 0", "not above 0"]),
+    "ratio to begin with": (f"{DIGITS} --config.mask_schedule.start=1.5", ["config.mask_schedule.start", "1.5"]),
+    "one stage": (f"{DIGITS} --config.mask_schedule.stages=1", ["config.mask_schedule.stages: 1 is below 2"]),
     "unknown sampler": (f"{DIGITS} --config.mask.name=rnadom", ["config.mask.name", "did you mean random?"]),
     "unknown target": (f"{DIGITS} --config.target.name=pixles", ["config.target.name", "did you mean pixels?"]),
+    "size of pixels": (f"{DIGITS} --config.target.size=3", ["config.target.size", "pixels has no size"]),
+    "size 0": (f"{DIGITS} --config.target.name=tokens --config.target.size=0", ["config.target.size: 0 is below 1"]),
+    "components": (f"{DIGITS} --config.target.name=pca", ["config.target.size: 96, the default", "the 4 values"]),
+    "tokens": (
+        f"{DIGITS} --config.target.name=tokens --config.target.size=30000",
+        ["config.target.size: 30000", "23008"],
+    ),
+    "unknown loss": (f"{DIGITS} --config.loss.name=l3", ["config.loss.name", "smooth_l1"]),
+    "loss of tokens": (f"{DIGITS} --config.loss.name=cross_entropy", ["config.loss.name", "use l2, l1, smooth_l1"]),
+    "loss of values": (
+        f"{DIGITS} --config.target.name=tokens --config.loss.name=l1",
+        ["config.loss.name: l1 is not for the target tokens; use cross_entropy"],
+    ),
+    "unknown patches": (f"{DIGITS} --config.loss.patches=hiden", ["config.loss.patches", "did you mean hidden?"]),
     "unknown dtype": (f"{DIGITS} --config.dtype=float16", ["config.dtype", "'float16'", "bfloat16"]),
     # the data
     "unknown source": (f"{DIGITS} --config.data.source=fodler", ["config.data.source", "did you mean folder?"]),
@@ -423,7 +442,7 @@ def test_all_mistakes_of_model_data_and_run_are_listed_together(command):
     wrong = {
         "mask.ratio": "2.0",
         "encoder.heads": "3",
-        "target.name": "tokens",
+        "target.name": "tokns",
         "data.source": "folder",
         "data.path": "/no/such/folder",
         "optim.name": "sgd",
@@ -525,7 +544,7 @@ def bad_commands(recipe, count):
         yield [f"--config.{key}={choose.choice(NASTY)}" for key in changed]
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("job", "recipe"), {"pretrain": f"{DIGITS},tiny", "finetune": FROM_NOTHING}.items())
 def test_no_override_ends_in_a_traceback(job, recipe, count, past_the_checks, tmp_path, capsys, monkeypatch):
     """Thrown at random: each is taken, or refused with one line a problem and exit code 2, or 4 for a wrong path."""

@@ -133,7 +133,7 @@ class Dataset:
         other.__dict__.update(opened=source, examples=source)
         return other
 
-    def shuffled(self, seed: int, start: int, sharding: Sharding) -> Iterator[dict]:
+    def shuffled(self, seed: int, start: int, sharding: Sharding | None) -> Iterator[dict]:
         """Batches `start`, `start` + 1, ... of an endless run over the data, each epoch in an order of its own."""
         size = self.examples.size
 
@@ -158,13 +158,13 @@ class Dataset:
         return self.but(repeats=1)._batches(steps, lambda place: np.minimum(place, size - 1), size, 0, sharding)
 
     def _batches(self, steps: range, index_of: Callable, end: int, seed: int, sharding) -> Iterator[dict]:
-        host, hosts = (0, 1) if sharding is None else (jax.process_index(), jax.process_count())
-        images = self.batch_size // self.repeats  # of a batch, over all hosts
+        rows = np.arange(self.batch_size) if sharding is None else _rows_here(sharding, self.batch_size)
+        images = np.unique(rows // self.repeats)  # of a batch's, those that this host reads
+        made = np.searchsorted(images, rows // self.repeats) * self.repeats + rows % self.repeats  # of them, its rows
 
         def places(step) -> np.ndarray:
-            """Which images this host reads for a batch, numbered i64[n] over the whole run; repeats do not count."""
-            share = images // hosts
-            return step * images + host * share + np.arange(share)
+            """The images this host reads for a batch, numbered i64[n] over the whole run; repeats do not count."""
+            return step * (self.batch_size // self.repeats) + images
 
         def read(step) -> dict:
             place = places(step)
@@ -186,10 +186,11 @@ class Dataset:
             elif self.repeats > 1:
                 image = image.repeat(self.repeats, axis=0)
             parts = {"image": image} | {key: batch[key].repeat(self.repeats) for key in ("label", "weight")}
-            if sharding is None:
-                yield parts
-            else:
-                yield {key: jax.make_array_from_process_local_data(sharding, x) for key, x in parts.items()}
+            if len(image) > len(rows):  # one's repeats lie on two hosts
+                parts = {key: x[made] for key, x in parts.items()}
+            if sharding is not None:
+                parts = {key: _spread(x, rows, self.batch_size, sharding) for key, x in parts.items()}
+            yield parts
 
     def _prepared(self, read: Callable, places: Callable, steps: range, seed: int) -> Iterator[dict]:
         """What `read` gives for each step, with images decoded and augmented: uint8[n,repeats,H,W,C].
@@ -296,6 +297,23 @@ class Dataset:
 
         parts = [image, chunk["place"], chunk["readable"]]
         return tf.ensure_shape(tf.numpy_function(operate, parts, tf.uint8, stateful=False), image.shape)
+
+
+def _rows_here(sharding: Sharding, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` the devices of this host hold, in order: any, as the mesh has it."""
+    held = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
+
+
+def _spread(x: np.ndarray, rows: np.ndarray, size: int, sharding: Sharding) -> jax.Array:
+    """The array of `size` rows over all hosts of which this one holds `rows`: those of `x`."""
+
+    def part(index):
+        start, stop, _ = index[0].indices(size)
+        first = np.searchsorted(rows, start)
+        return x[first : first + stop - start]
+
+    return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
 
 
 def _mended(chunk: dict, channels: int) -> dict:

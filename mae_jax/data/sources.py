@@ -243,6 +243,24 @@ def from_tfds(*, split: str, name: str, data_dir: str, **_) -> Source:
     return Source(size, read, True, lambda i: f"{name} {split} image {i}", labels=classes, identity=identity)
 
 
+# Images of well-known data sets of TFDS, so that their number can be told where they are not.
+SIZES = {
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "fashion_mnist": {"train": 60_000, "test": 10_000},
+}
+
+
+def known_size(name: str, split: str) -> int | None:
+    """How many images a split of a data set of TFDS has, prepared or not; None where only looking would tell.
+
+    >>> known_size("imagenet2012:5.1.0", "train[:10%]")
+    128116
+    """
+    sizes = SIZES.get(re.split("[:/]", name)[0], {})
+    return len(subset(split, sizes)) if split.partition("[")[0] in sizes else None
+
+
 def tfds_builder(name: str, data_dir: str):
     """The TFDS builder of `name`, in `data_dir` (TFDS's own default if empty)."""
     try:

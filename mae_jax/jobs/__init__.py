@@ -4,12 +4,14 @@ Commands that have no config, import and export, have `FLAGS` and `run(flags)`.
 
 Beside the commands: `runs`, what all training has in common; `classification`, what jobs with a classifier have;
 `checks`, what can be wrong with a config; `models`, from a config or a path to a model; `features`, of images;
+`planned`, a config compiled for machines that are not there, and `remedies`, what would serve them better;
 `foreign`, models made elsewhere; `panels`, pictures of reconstructions; `plots`, curves and confusion matrices.
 """
 
 # name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it (or NAME_, where Python has the word)
 JOBS = {
     "prepare": "download or read a TFDS data set and store it for random access",
+    "plan": "say what pre-training would need and cost on other machines, before it is paid for",
     "pretrain": "train a masked autoencoder",
     "probe": "train a linear classifier on a frozen encoder",
     "finetune": "train an encoder with a classifier on it, whole or in part, or from nothing",

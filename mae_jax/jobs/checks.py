@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,8 +14,8 @@ from mae_jax.data.augment import AUGMENTATIONS, DRAWING_NOTHING
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
-from mae_jax.jobs import models
-from mae_jax.model import classifier, cudnn, masking, ops, targets
+from mae_jax.jobs import fitting, models
+from mae_jax.model import classifier, cudnn, losses, masking, ops, targets
 from mae_jax.model.layers import POSITIONS, REMAT
 from mae_jax.model.patches import grid_of
 from mae_jax.training import optim
@@ -29,6 +29,7 @@ DTYPES = ("float32", "bfloat16")  # what config.dtype may be
 
 # The least values of settings that count something.
 LEAST = {
+    "mask_schedule": {"stages": 2},
     "data": {"per_class": 0, "subset_seed": 0},
     "log": {"every": 1},
     "eval": {"every": 0, "images": 1},
@@ -44,20 +45,54 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     problems = sampling_problems(config) + unknown_names(
         {
             "config.target.name": (config.target.name, targets.TARGETS),
+            "config.loss.name": (config.loss.name or "l2", losses.LOSSES),
+            "config.loss.patches": (config.loss.patches, losses.PATCHES),
             "config.monitor.pool": (config.monitor.pool, classifier.POOLS),
         }
         | dtype_choice(config)
     )
     patch = encoder.patch_size
-    if config.target.name == "normalized_pixels" and patch**2 * data.channels < 2:
-        problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
+    if config.target.name in targets.TARGETS and patch >= 1 and data.channels >= 1:
+        problems += target_problems(config)
     if encoder.drop_path or not encoder.final_norm:
         problems.append("config.encoder: drop_path and final_norm=False are for fine-tuning; leave them out")
     if config.optim.layer_decay != 1:
         problems.append("config.optim.layer_decay: is for fine-tuning; leave it out")
     wrong = image_size_problems(config)
-    problems += wrong or ratio_problems(config, grid_of(data.image_size, patch))
+    if not wrong:
+        grid = grid_of(data.image_size, patch)
+        wrong = mask_problems(config, grid) + start_problems(config, grid)
+    problems += wrong
     return problems + transformer_problems("encoder", config, 1) + transformer_problems("decoder", config, 0)
+
+
+def target_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with what is predicted of a patch and how that is judged, one line each."""
+    name, size, values = config.target.name, config.target.size, models.patch_values(config)
+    target, problems = targets.make(config.encoder.patch_size, name=name, size=size), []
+    if name == "normalized_pixels" and values < 2:
+        problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
+    if size is not None and not target.fit:
+        problems.append(f"config.target.size: {name} has no size; leave it out")
+    elif size is not None and size < 1:
+        problems.append(f"config.target.size: {size} is below 1")
+    elif name == "pca" and len(target.unfitted(values)["components"]) > values:
+        told = "96, the default," if size is None else size
+        problems.append(f"config.target.size: {told} is more than the {values} values of a patch have components")
+    loss = config.loss.name
+    if loss in losses.LOSSES and not losses.fits(loss, target.loss):
+        fitting_ones = ", ".join(other for other in losses.LOSSES if losses.fits(other, target.loss))
+        problems.append(f"config.loss.name: {loss} is not for the target {name}; use {fitting_ones}, or '' for its own")
+    return problems
+
+
+def fitting_problems(config: ConfigDict, data: Dataset) -> list[str]:
+    """What is wrong with the number of training images for a target that is fitted to them: a line, or none."""
+    target = targets.make(config.encoder.patch_size, **config.target)
+    found, needed = fitting.patch_count(config, data), max(map(len, target.unfitted(1).values()), default=0)
+    if found >= needed:
+        return []
+    return [f"config.target.size: {needed}, but there are only {found} patches of training images to fit it to"]
 
 
 def classifier_problems(config: ConfigDict) -> list[str]:
@@ -142,7 +177,7 @@ def attention_problems(group: str, config: ConfigDict) -> list[str]:
     head = part.width // part.heads
     if part.attention == "fused" and (reason := ops.no_kernel(config.dtype, head)):
         return [f"config.{group}.attention: fused, but {reason}; use auto"]
-    if part.attention == "plain" or not cudnn.serves(config.dtype, head) or mesh_problems(**config.mesh):
+    if part.attention == "plain" or not cudnn.serves(config.dtype, head) or mesh_problems(jax.devices(), **config.mesh):
         return []
     tensor = mesh_shape(jax.device_count(), **config.mesh)[2]
     if part.heads % tensor == 0:
@@ -163,17 +198,37 @@ def seed_problems(config: ConfigDict) -> list[str]:
     return [] if 0 <= config.seed < 2**32 else [f"config.seed: {config.seed} is not between 0 and {2**32 - 1}"]
 
 
-def ratio_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
-    """What is wrong with config.mask.ratio for a `grid` of patches: a line, or none."""
+def mask_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
+    """What is wrong with the numbers of config.mask for a `grid` of patches, one line each."""
+    (rows, cols), problems = grid, []
     try:
-        masking.visible_count(grid[0] * grid[1], config.mask.ratio)
+        masking.visible_count(rows * cols, config.mask.ratio)
     except ValueError as error:
-        return [f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some"]
+        problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some")
+    if not 1 <= config.mask.unit < max(rows, cols, 2):
+        problems.append(f"config.mask.unit: {config.mask.unit} is not from 1 on and smaller than {rows}x{cols} patches")
+    if config.mask.temperature <= 0:
+        problems.append(f"config.mask.temperature: {config.mask.temperature} is not above 0")
+    return problems
+
+
+def start_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
+    """What is wrong with config.mask_schedule.start for a `grid` of patches: a line, or none."""
+    try:
+        if config.mask_schedule.start is not None:
+            masking.visible_count(grid[0] * grid[1], config.mask_schedule.start)
+    except ValueError as error:
+        return [f"config.mask_schedule.start: {error}; give a ratio between 0 and 1, or leave it out"]
     return []
 
 
-def run_problems(config: ConfigDict) -> list[str]:
-    """What is wrong with the data's and the run's numbers, one line each."""
+def run_problems(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> list[str]:
+    """What is wrong with the data's and the run's numbers, one line each.
+
+    Args:
+      devices: to run on; None: all there are.
+    """
+    devices = jax.devices() if devices is None else devices
     data, train = config.data, config.train
     problems = unknown_names(
         {
@@ -195,16 +250,15 @@ def run_problems(config: ConfigDict) -> list[str]:
                     f"config.pixels.{key}: {tuple(config.pixels[key])} is not one number{' above 0' * (key == 'std')} "
                     f"for each of config.data.channels {channels}"
                 )
-    wrong = mesh_problems(**config.mesh)
+    wrong = mesh_problems(devices, **config.mesh)
     problems += wrong
     if config.accumulate < 1:
         problems.append(f"config.accumulate: {config.accumulate} is below 1")
     elif not wrong:
-        shares = math.prod(mesh_shape(jax.device_count(), **config.mesh)[:2])
+        shares = math.prod(mesh_shape(len(devices), **config.mesh)[:2])
         problems += batch_problems(data.batch_size, shares, config.accumulate)
-    hosts = jax.process_count()
-    if data.repeats < 1 or data.batch_size % (max(data.repeats, 1) * hosts):
-        problems.append(f"config.data.repeats: {data.repeats}, times {hosts} host(s), does not divide the batch size")
+    if data.repeats < 1 or data.batch_size % max(data.repeats, 1):
+        problems.append(f"config.data.repeats: {data.repeats} does not divide the batch size {data.batch_size}")
     for key in ("scale", "ratio"):
         bounds = data[key]
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] or (key == "scale" and bounds[1] > 1):
@@ -228,13 +282,13 @@ def run_problems(config: ConfigDict) -> list[str]:
     return problems + count_problems(config)
 
 
-def mesh_problems(**sizes: int) -> list[str]:
+def mesh_problems(there: Sequence[jax.Device], **sizes: int) -> list[str]:
     """What is wrong with config.mesh for the devices there are: a line that says what would be right, or none."""
-    devices, slices = jax.device_count(), slice_count(jax.devices())
+    devices, slices, hosts = len(there), slice_count(there), jax.process_count()
 
     def fits(**changed) -> bool:
         try:
-            mesh_shape(devices, slices, **(sizes | changed))
+            mesh_shape(devices, slices, hosts, **(sizes | changed))
         except ValueError:
             return False
         return True
@@ -242,16 +296,17 @@ def mesh_problems(**sizes: int) -> list[str]:
     if fits():
         return []
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    there = f"{devices} device(s) there are" + f", in {slices} slices, over which data is split" * (slices > 1)
+    found = f"{devices} device(s) there are" + f", in {slices} slices, over which data is split" * (slices > 1)
+    found += f", on {hosts} hosts, of which none may be left out" * (hosts > 1)
     possible = {axis: [n for n in divisors if fits(**{axis: n})] for axis in AXES}
-    possible = {axis: found for axis, found in possible.items() if found}
-    told = " or ".join(f"{axis} {', '.join(map(str, found))}" for axis, found in possible.items())
+    possible = {axis: fitting for axis, fitting in possible.items() if fitting}
+    told = " or ".join(f"{axis} {', '.join(map(str, fitting))}" for axis, fitting in possible.items())
     if len(possible) == 1:
         (axis,) = possible
-        return [f"config.mesh.{axis}: {sizes[axis]} does not fit the {there}; possible with the rest: {told}"]
+        return [f"config.mesh.{axis}: {sizes[axis]} does not fit the {found}; possible with the rest: {told}"]
     given = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
     told = f"possible is {told}" if told else f"give sizes of product {devices}, or -1 for one of them"
-    return [f"config.mesh: {given} do not fit the {there}; {told}"]
+    return [f"config.mesh: {given} do not fit the {found}; {told}"]
 
 
 def count_problems(config: ConfigDict) -> list[str]:

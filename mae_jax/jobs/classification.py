@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.config import complete, write_json
+from mae_jax.config import complete
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, DataError
+from mae_jax.files import write_json
 from mae_jax.jobs import checks, models, plots
 from mae_jax.jobs.runs import Run
 from mae_jax.model.classifier import Classifier

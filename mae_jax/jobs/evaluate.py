@@ -24,14 +24,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mae_jax.config import make_workdir, to_json, write_json
+from mae_jax.config import to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import labels_of
 from mae_jax.errors import ConfigError, DataError
+from mae_jax.files import make_workdir, write_json
 from mae_jax.jobs import checks, classification
 from mae_jax.training import checkpoint
 from mae_jax.training.evaluate import sums, tally
-from mae_jax.training.sharding import batch_sharding, make_mesh
+from mae_jax.training.sharding import batch_sharding, make_mesh, place
 
 WRITES_WORKDIR = True
 
@@ -65,7 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     make_workdir(workdir)
     forward = classification.logits_of(model, trained)
     mesh = make_mesh()
-    variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    variables = place(variables, NamedSharding(mesh, PartitionSpec()))
 
     @jax.jit
     def measure(args, batch):

@@ -28,9 +28,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax.config import path_of, write_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, nearest
+from mae_jax.files import path_of, write_json
 from mae_jax.interchange import huggingface, names, portable, tensors
 from mae_jax.jobs import classification, models
 from mae_jax.model.classifier import EPSILON
@@ -59,6 +59,7 @@ def run(flags: Mapping[str, str]) -> None:
             forward = forward_of(path, config, part)
             PORTABLE[kind](forward, (*config["data"]["image_size"], config["data"]["channels"]), unfinished)
         else:
+            check_target(path, config, kind, part)
             leaves = parameters(path, config, part, fold=kind != "npz")
             WRITERS[kind](path, config, leaves, part, unfinished)
     print(f"exported    {kind} of {checkpoint.locate(path)}\nwritten     {out}")
@@ -73,6 +74,13 @@ def check(kind: str, part: str) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def check_target(path: str, config: Mapping, kind: str, part: str) -> None:
+    """Raise a CheckpointError where a decoder would go along that predicts what nobody expects there."""
+    target = config["target"]["name"] if "decoder" in config else "pixels"
+    if part == "all" and kind in ("huggingface", "original") and target not in ("pixels", "normalized_pixels"):
+        raise CheckpointError(f"{path}: its decoder predicts {target}, not pixels; export --part=encoder, or as npz")
 
 
 def complete(config: dict) -> dict:
@@ -176,8 +184,8 @@ def check_norms(path: str, config: Mapping, leaves: Mapping, known: list[tuple[s
 def write_timm(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
     """A file that timm reads, and a line that says into which model."""
     check_norms(path, config, leaves, [("mean", True), ("cls", False), ("mean", False)])
-    drop(leaves, "decoder/")
-    drop(leaves, "pooler/")
+    for kept_here in ("decoder/", "target/", "pooler/"):
+        drop(leaves, kept_here)
     encoder, head = config["encoder"], config.get("head") if part == "all" else None
     size = config["data"]["image_size"]
     options = {

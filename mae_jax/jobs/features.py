@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import DataError
 from mae_jax.model.classifier import POOLS
 from mae_jax.model.patches import normalize
 from mae_jax.model.vit import ViT
-from mae_jax.training.sharding import batch_sharding, state_sharding
+from mae_jax.training.sharding import batch_sharding, place, state_sharding, whole
 
 
 def make_extract(encoder: ViT, pool: str, pixels: dict) -> Callable:
@@ -34,11 +33,6 @@ def make_extract(encoder: ViT, pool: str, pixels: dict) -> Callable:
     return extract
 
 
-@functools.cache  # a monitor collects again and again
-def _gather(sharding: NamedSharding) -> Callable:
-    return jax.jit(lambda parts: parts, out_shardings=sharding)
-
-
 def collect(
     extract: Callable, params, data: Dataset, mesh: Mesh, limit: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -53,12 +47,11 @@ def collect(
     Raises:
       DataError: there is none.
     """
-    gather = _gather(NamedSharding(mesh, PartitionSpec()))
-    params = jax.device_put(params, state_sharding(params, mesh))
+    params = place(params, state_sharding(params, mesh))
     found = []
     for batch in data.once(batch_sharding(mesh), limit):
         parts = {"feature": extract(params, batch["image"]), "label": batch["label"], "weight": batch["weight"]}
-        found.append(jax.device_get(gather(parts)))
+        found.append(whole(parts, mesh))
     kept = [(part["weight"] > 0) & (part["label"] >= 0) for part in found]
     if not any(map(np.any, kept)):
         raise DataError(f"config.data: no image of the split {data.split!r} can be read and has a label")

@@ -12,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mae_jax.errors import CheckpointError, ConfigError
+from mae_jax.files import to_path
 from mae_jax.interchange import huggingface, names, original, tensors
 from mae_jax.model import masking
 from mae_jax.model.classifier import Classifier
@@ -26,7 +27,7 @@ SUFFIXES = (".safetensors", *tensors.PYTORCH)
 
 def is_foreign(path: str | Path) -> bool:
     """Whether `path` is a file of tensors or a folder with one, and no workdir or checkpoint."""
-    path = Path(os.path.expanduser(path))
+    path = to_path(path)
     return path.suffix in SUFFIXES or any(os.path.isfile(path / name) for name in FILES)
 
 
@@ -56,7 +57,7 @@ def read(
     Raises:
       UserError: with everything that is missing, unused or of another shape.
     """
-    file = _file_in(Path(os.path.expanduser(path)))
+    file = _file_in(to_path(path))
     beside, heads = file.parent / "config.json", (heads,) if isinstance(heads, int) else tuple(heads)
     given = {names.as_in_files(name): tensor for name, tensor in tensors.tensors_in(file).items()}
     shapes = {name: tensor.shape for name, tensor in given.items()}

@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mae_jax.config import make_workdir, to_json, write_json
+from mae_jax.config import to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError
+from mae_jax.files import make_workdir, write_json
 from mae_jax.jobs import checks, classification, models
 from mae_jax.jobs.features import collect, make_extract
 from mae_jax.jobs.runs import Run
@@ -34,7 +34,7 @@ from mae_jax.model.classifier import POOLS
 from mae_jax.model.vit import ViT
 from mae_jax.training import checkpoint
 from mae_jax.training.loop import Hook
-from mae_jax.training.sharding import make_mesh
+from mae_jax.training.sharding import make_mesh, place
 
 WRITES_WORKDIR = True
 QUERIES = 1024  # classified at a time
@@ -95,13 +95,14 @@ def neighbours(
 ) -> np.ndarray:
     """`knn.classify` of any number of queries, some at a time, split over the devices: i32[len(ks),N]."""
     classify = _classify(ks, classes, temperature, mesh)
-    bank, labels = jnp.asarray(bank), jnp.asarray(labels, jnp.int32)
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    bank, labels = place((bank, labels.astype(np.int32)), everywhere)
     found = []
     at_once = -(-min(QUERIES, len(queries)) // mesh.size) * mesh.size
     for start in range(0, len(queries), at_once):
         some = queries[start : start + at_once]
         whole = np.pad(some, ((0, at_once - len(some)), (0, 0)))  # one shape compiles once
-        found.append(np.asarray(classify(bank, labels, whole))[:, : len(some)])
+        found.append(np.asarray(classify(bank, labels, place(whole, split)))[:, : len(some)])
     return np.concatenate(found, axis=1)
 
 

@@ -14,7 +14,9 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import foreign
 from mae_jax.model import masking, targets
+from mae_jax.model.attention import attended
 from mae_jax.model.mae import MAE, Decoder
+from mae_jax.model.masking import Mask
 from mae_jax.model.patches import grid_of, position_rows, resize_positions
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
@@ -26,8 +28,17 @@ def build(config: Mapping) -> tuple[MAE, Target]:
     """The autoencoder that a pre-training config describes, and the target it is trained for."""
     encoder = ViT(**config["encoder"], dtype=config["dtype"])
     target = targets.make(encoder.patch_size, **config["target"])
-    width = jax.eval_shape(target.encode, example_images(config)).shape[-1]
+
+    def values(images):
+        return target.values(target.encode(images, target.unfitted(patch_values(config))))
+
+    width = jax.eval_shape(values, example_images(config)).shape[-1]
     return MAE(encoder, Decoder(width, **config["decoder"], dtype=config["dtype"])), target
+
+
+def patch_values(config: Mapping) -> int:
+    """P*P*C, the pixels of a patch."""
+    return config["encoder"]["patch_size"] ** 2 * config["data"]["channels"]
 
 
 def example_images(config: Mapping) -> jax.ShapeDtypeStruct:
@@ -37,11 +48,36 @@ def example_images(config: Mapping) -> jax.ShapeDtypeStruct:
 
 
 def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
-    """Fresh parameters of `model`: {"encoder": ..., "decoder": ...}, all float32. To be jitted, or for `eval_shape`."""
+    """Fresh parameters of `model`: {"encoder": ..., "decoder": ...}, all float32. To be jitted, or for `eval_shape`.
+
+    Where the target is one that is fitted to images, zeros stand for that: {..., "target": ...}.
+    """
     images = jnp.zeros(example_images(config).shape)
     grid = grid_of(images.shape[1:3], model.encoder.patch_size)
     mask = masking.sample(key, 1, grid, **config["mask"])
-    return model.init(key, images, mask)["params"]
+    params = model.init(key, images, mask)["params"]
+    unfitted = targets.make(model.encoder.patch_size, **config["target"]).unfitted(patch_values(config))
+    return params | ({"target": unfitted} if unfitted else {})
+
+
+def mask_of(model: MAE, config: Mapping, params: dict, images: jax.Array, noise: jax.Array) -> Mask:
+    """The mask that the encoder's own attention decides (`masking.guided`); no gradient goes through it.
+
+    Args:
+      images: f32[N,H,W,C], normalised.
+      noise: from `mask_noise`.
+    """
+    seen = attended(model.encoder, jax.lax.stop_gradient(params["encoder"]), images)
+    grid = grid_of(images.shape[1:3], model.encoder.patch_size)
+    return masking.guided(noise, seen, grid, **config["mask"])
+
+
+def mask_noise(config: Mapping, key: jax.Array, num: int) -> jax.Array:
+    """What is random in such a mask."""
+    units = masking.units_of(
+        grid_of(config["data"]["image_size"], config["encoder"]["patch_size"]), config["mask"]["unit"]
+    )
+    return masking.SAMPLERS[config["mask"]["name"]](key, num, units)
 
 
 def load_config(path: str | Path, **unsaid) -> ConfigDict:
@@ -61,6 +97,8 @@ def load_config(path: str | Path, **unsaid) -> ConfigDict:
 
 def load(path: str | Path) -> tuple[MAE, dict]:
     """A trained autoencoder, computing in float32, and its parameters, {"encoder": ..., "decoder": ...}.
+
+    Besides them, "target" is what its target was fitted to, where it was to anything.
 
     Args:
       path: a workdir, whose newest checkpoint is read, or one checkpoint in it.

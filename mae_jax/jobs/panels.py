@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from PIL import Image, ImageDraw
 
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import DataError
-from mae_jax.model import losses, masking
+from mae_jax.jobs import models
+from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE
 from mae_jax.model.masking import Mask
 from mae_jax.model.patches import denormalize, grid_of, normalize, unpatchify
@@ -34,36 +34,42 @@ def first_images(data: Dataset, count: int) -> tuple[np.ndarray, list[str]]:
     return batch["image"][readable], [source.name(int(i)) for i in readable]
 
 
-def sample_mask(config: Mapping, key: jax.Array, count: int) -> Mask:
-    """Masks for `count` images of the model that `config` describes, as config.mask says."""
-    grid = grid_of(config["data"]["image_size"], config["encoder"]["patch_size"])
-    return masking.sample(key, count, grid, **config["mask"])
+def sample_mask(model: MAE, config: ConfigDict, params: dict, images: np.ndarray, key: jax.Array) -> Mask:
+    """Masks for images uint8[N,H,W,C] as config.mask says."""
+    if config.mask.name in masking.GUIDED:
+        guided = jax.jit(lambda *args: models.mask_of(model, config, *args))
+        return guided(params, normalize(images, **config.pixels), models.mask_noise(config, key, len(images)))
+    return masking.sample(key, len(images), grid_of(images.shape[1:3], model.encoder.patch_size), **config.mask)
 
 
 def make_panels(model: MAE, target: Target, config: ConfigDict) -> Callable:
     """A jitted `f(params, images uint8[N,H,W,C], mask) -> (panels uint8[N,4,H,W,C], loss f32[N])`.
 
-    The panels are those of `PANELS`; the loss is that of each image on its hidden patches.
+    The panels are those of `PANELS`, or the first two where a prediction is no picture; the loss is that of each image.
     """
+    measure, all_count = losses.make(target.loss, **config.loss)
 
     @jax.jit
     def draw(params, images, mask):
         x = normalize(images, **config.pixels)
         pred = model.apply({"params": params}, x, mask, every_patch=True)  # [N,L,T]
-        loss = losses.mse(masking.take(pred, mask.hidden), masking.take(target.encode(x), mask.hidden))
+        fitted = targets.fitted_of(params)
+        want = target.encode(x, fitted)
+        counted = (pred, want) if all_count else (masking.take(pred, mask.hidden), masking.take(want, mask.hidden))
         patch = model.encoder.patch_size
         removed = jnp.repeat(mask.removed[:, :, None], patch**2, axis=2)  # [N,L,P*P]
         hidden = unpatchify(removed, patch, images.shape[1:3]) > 0  # [N,H,W,1]
-        rebuilt = denormalize(target.decode(pred.astype(jnp.float32), x), **config.pixels)
-        grey = jnp.uint8(GREY)
-        panels = [images, jnp.where(hidden, grey, images), rebuilt, jnp.where(hidden, rebuilt, images)]
-        return jnp.stack(panels, axis=1), loss
+        panels = [images, jnp.where(hidden, jnp.uint8(GREY), images)]
+        if target.decode:
+            rebuilt = denormalize(target.decode(pred.astype(jnp.float32), x, fitted), **config.pixels)
+            panels += [rebuilt, jnp.where(hidden, rebuilt, images)]
+        return jnp.stack(panels, axis=1), measure(*counted)
 
     return draw
 
 
 def sheet(panels: np.ndarray, side: int = 112) -> np.ndarray:
-    """One picture of panels uint8[N,4,H,W,C], a row per image: uint8[h,w,3].
+    """One picture of panels uint8[N,4 or 2,H,W,C], a row per image: uint8[h,w,3].
 
     Small images are enlarged to about `side` pixels without smoothing; of more than three channels the first is shown.
     """
@@ -75,14 +81,8 @@ def sheet(panels: np.ndarray, side: int = 112) -> np.ndarray:
     gap, header = 4, 18
     picture = Image.new("RGB", (columns * (width + gap) + gap, header + n * (height + gap)), "white")
     pen = ImageDraw.Draw(picture)
-    for c, title in enumerate(PANELS):
+    for c, title in enumerate(PANELS[:columns]):
         pen.text((gap + c * (width + gap), 3), title, fill="black")
         for r in range(n):
             picture.paste(Image.fromarray(shown[r, c]), (gap + c * (width + gap), header + r * (height + gap)))
     return np.asarray(picture)
-
-
-def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write uint8[h,w,3] as a PNG file, with the folders it needs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from etils import epy
+
+from mae_jax.files import write
 
 with epy.lazy_imports():
     from matplotlib import figure as figures  # takes a second
@@ -33,7 +36,7 @@ def curves(path: Path, lines: Sequence[dict]) -> None:
         axes.set(xlabel="step", ylabel=title)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=100)
+    _write(path, figure)
 
 
 def confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
@@ -54,4 +57,10 @@ def confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{int(count)}", ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path, dpi=100)
+    _write(path, figure)
+
+
+def _write(path: Path, figure) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=100)
+    write(path, data.getvalue())

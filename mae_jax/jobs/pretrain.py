@@ -15,18 +15,17 @@ The same command again goes on from the newest checkpoint, to the same result as
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_jax.config import complete
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError, DataError
-from mae_jax.jobs import checks, knn, models, panels
+from mae_jax.jobs import checks, fitting, knn, models, panels
 from mae_jax.jobs.runs import Run
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
@@ -37,7 +36,7 @@ from mae_jax.training import optim
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.evaluate import weighted_means
 from mae_jax.training.loop import Hook, fit, total_steps
-from mae_jax.training.sharding import batch_sharding, make_mesh
+from mae_jax.training.sharding import batch_sharding, make_mesh, whole
 
 WRITES_WORKDIR = True
 
@@ -64,11 +63,20 @@ def run(config: ConfigDict, workdir: Path) -> None:
         hooks.append(knn.monitor(model.encoder, config, data, held_out, run, **config.monitor))
     else:
         print("no eval/knn: the training and the held-out split have no labels, or other ones")
+    begins = run.checkpoints.latest_step is None
+    stages = []
+    for step, ratio in masking.ratios(run.steps, config.mask.ratio, **config.mask_schedule):
+        then = ConfigDict({**config, "mask": {**config.mask, "ratio": ratio}})
+        stages.append((step, make_draw(model, then), make_loss(model, target, then)))
+    (_, draw, loss_fn), *later = stages
     run.train(
-        lambda key: (models.init(model, config, key), {}),
-        make_draw(model, config),
-        make_loss(model, target, config),
+        make_init(model, config),
+        draw,
+        loss_fn,
         hooks,
+        later=later,
+        start={"target": fitting.fit(target, config, data)} if begins and target.fit else {},
+        trained=trained,
     )
     final = run.final_metrics
     if "eval/loss" in final:
@@ -77,10 +85,22 @@ def run(config: ConfigDict, workdir: Path) -> None:
     print(f"picture     {workdir}/reconstructions/step_{run.steps}.png")
 
 
+def trained(path: str) -> bool:
+    """Whether a parameter is trained: all are, but for what the target was fitted to."""
+    return not path.startswith("target/")
+
+
+def make_init(model: MAE, config: ConfigDict) -> Callable:
+    """What a run begins with, `f(key) -> (params, stats)`."""
+    return lambda key: (models.init(model, config, key), {})
+
+
 def make_draw(model: MAE, config: ConfigDict) -> Callable:
     """What is random in a step, `f(batch, key)`: the batch with a mask."""
 
     def draw(batch, key):
+        if config.mask.name in masking.GUIDED:  # the mask depends on parameters too
+            return batch | {"noise": models.mask_noise(config, key, len(batch["image"]))}
         grid = grid_of(batch["image"].shape[1:3], model.encoder.patch_size)
         mask = masking.sample(key, len(batch["image"]), grid, **config.mask)  # K of L patches stay visible
         return batch | {"mask": mask}
@@ -88,23 +108,34 @@ def make_draw(model: MAE, config: ConfigDict) -> Callable:
     return draw
 
 
-def hidden_patches(model: MAE, target: Target, config: ConfigDict, params, masked: dict):
-    """The path of an image: predictions f32[N,L-K,T] and targets f32[N,L-K,T] of the hidden patches.
+def with_mask(model: MAE, config: ConfigDict, params, drawn: dict) -> dict:
+    """A batch from `make_draw` with its mask, where that is for the encoder to say."""
+    if config.mask.name not in masking.GUIDED:
+        return drawn
+    images = normalize(drawn["image"], **config.pixels)
+    return drawn | {"mask": models.mask_of(model, config, params, images, drawn["noise"])}
+
+
+def predict(model: MAE, target: Target, config: ConfigDict, params, masked: dict, every_patch: bool = False):
+    """The path of an image: predictions [N,L-K,T] of the hidden patches, and what they should be, f32[N,L-K,T].
 
     Args:
-      masked: a batch with a mask, from `make_draw`.
+      masked: a batch from `make_draw`, with `with_mask`.
+      every_patch: of all patches, row by row, not of the hidden ones alone.
     """
     images, mask = normalize(masked["image"], **config.pixels), masked["mask"]  # uint8 to f32[N,H,W,C]
-    pred = model.apply({"params": params}, images, mask)  # [N,L-K,T]
-    want = masking.take(target.encode(images), mask.hidden)  # [N,L-K,T]
-    return pred, want
+    pred = model.apply({"params": params}, images, mask, every_patch)  # [N,L-K,T]
+    want = target.encode(images, targets.fitted_of(params))  # [N,L,T]; of tokens their numbers, [N,L,1]
+    return pred, want if every_patch else masking.take(want, mask.hidden)
 
 
 def make_loss(model: MAE, target: Target, config: ConfigDict) -> Callable:
-    """The loss to minimise, `f(params, stats, examples)`: the mean squared error on hidden patches."""
+    """The loss to minimise, `f(params, stats, examples)`: by default the mean squared error on hidden patches."""
+    loss, every_patch = losses.make(target.loss, **config.loss)
 
     def loss_fn(params, stats, examples):
-        return losses.mse(*hidden_patches(model, target, config, params, examples)), stats
+        masked = with_mask(model, config, params, examples)
+        return loss(*predict(model, target, config, params, masked, every_patch)), stats
 
     return loss_fn
 
@@ -122,8 +153,8 @@ def evaluation(
 ) -> Hook:
     """A hook that measures eval/loss on held-out images, always under the same masks.
 
-    eval/baseline_loss beside it is that of predicting each hidden patch by the mean, over the training images, of
-    the patches at its position: what can be had without looking at the visible patches.
+    eval/baseline_loss beside it is that of predicting each patch by the mean, over the training images, of the targets
+    at its position, or by how often each token is there: what can be had without looking at the visible patches.
 
     Args:
       every: steps between evaluations; 0: only at the end.
@@ -131,30 +162,33 @@ def evaluation(
     """
     sharding = batch_sharding(run.mesh)
     draw = make_draw(model, config)
+    loss, every_patch = losses.make(target.loss, **config.loss)
+    baseline = None  # f32[L,T]
 
     @jax.jit
-    def encode(_, batch, key):
-        return target.encode(normalize(batch["image"], **config.pixels))
+    def values(fitted, batch, key):
+        return target.values(target.encode(normalize(batch["image"], **config.pixels), fitted))
 
     @jax.jit
     def measure(state, batch, key):
-        params, mean = state  # mean: f32[L,T]
-        masked = draw(batch, key)
-        pred, want = hidden_patches(model, target, config, params, masked)
-        guess = mean[masked["mask"].hidden]  # [N,L-K,T]
-        return {"loss": losses.mse(pred, want), "baseline_loss": losses.mse(guess, want)}
+        params, guess = state
+        masked = with_mask(model, config, params, draw(batch, key))
+        pred, want = predict(model, target, config, params, masked, every_patch)
+        guess = jnp.broadcast_to(guess, pred.shape) if every_patch else guess[masked["mask"].hidden]
+        return {"loss": loss(pred, want), "baseline_loss": loss(guess, want)}
 
-    @functools.cache
-    def mean_patches():
-        plain = data.plain()
-        mean, count = weighted_means(encode, None, plain.once(sharding, images), run.eval_key)
+    def guess_by_position(params):
+        batches = data.plain().once(sharding, images)
+        mean, count = weighted_means(values, targets.fitted_of(params), batches, run.eval_key)
         if not count:
             raise DataError(f"config.data: none of the images of the split {data.split!r} can be read")
-        return mean
+        return target.prediction(mean, count)
 
     def hook(state, step):
+        nonlocal baseline
+        baseline = guess_by_position(state.params) if baseline is None else baseline
         batches = held_out.once(sharding, images)
-        means, count = weighted_means(measure, (state.params, mean_patches()), batches, run.eval_key)
+        means, count = weighted_means(measure, (state.params, baseline), batches, run.eval_key)
         if count:
             run.writer.scalars(step, {f"eval/{name}": float(value) for name, value in means.items()})
             report = "  ".join(f"eval/{name} {value:.4f}" for name, value in means.items())
@@ -175,12 +209,12 @@ def pictures(
 ) -> Hook:
     """A hook that draws the same `count` held-out images under the same masks, every `every` steps."""
     images, _ = panels.first_images(held_out, count)
-    mask = panels.sample_mask(config, run.eval_key, len(images))
     draw = panels.make_panels(model, target, config)
 
     def hook(state, step):
+        mask = panels.sample_mask(model, config, state.params, images, run.eval_key)
         drawn, _ = draw(state.params, images, mask)
-        run.writer.picture(step, "reconstructions", panels.sheet(np.asarray(drawn)))
+        run.writer.picture(step, "reconstructions", panels.sheet(whole(drawn, run.mesh)))
 
     return every, hook
 
@@ -190,7 +224,9 @@ SCHEMA = {
     "data": Dataset,
     "pixels": normalize,
     "mask": masking.sample,
+    "mask_schedule": masking.ratios,
     "target": targets.make,
+    "loss": losses.make,
     "encoder": ViT,
     "decoder": Decoder,
     "optim": optim.make,
@@ -219,6 +255,7 @@ def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
     data = Dataset(**config.data)
     held_out = data.held_out_set()
     problems += checks.data_problems(config, data, held_out)
+    problems = problems or checks.fitting_problems(config, data)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return config, data, held_out

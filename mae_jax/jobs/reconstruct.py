@@ -8,7 +8,7 @@ held-out split of its training data or another one (config.split). Writes into t
 
     config.json                       the config, complete
     reconstructions/ratio_R.png       a row per image: original, masked, reconstruction, visible patches pasted in
-    results.json                      the loss of each image on its hidden patches, and their mean
+    results.json                      the loss of each image, as in training, and their mean
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.config import make_workdir, to_json, write_json
+from mae_jax.config import to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError
+from mae_jax.files import make_workdir, write_json, write_picture
 from mae_jax.jobs import checks, models, panels
 from mae_jax.model import masking
 from mae_jax.model.patches import grid_of
@@ -40,12 +41,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     model, params = models.load(config.init)
     _, target = models.build(trained)
     images, names = panels.first_images(data, data.examples.size if config.images else config.count)
-    mask = panels.sample_mask(trained, jax.random.key(config.seed), len(images))
+    mask = panels.sample_mask(model, trained, params, images, jax.random.key(config.seed))
     drawn, loss = panels.make_panels(model, target, trained)(params, images, mask)
 
     write_json(workdir / "config.json", to_json(config))
     picture = workdir / "reconstructions" / f"ratio_{config.mask.ratio:g}.png"
-    panels.save_picture(picture, panels.sheet(np.asarray(drawn)))
+    write_picture(picture, panels.sheet(np.asarray(drawn)))
     results = {
         "init": str(config.init),
         "mask": dict(config.mask),
@@ -74,8 +75,10 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
     config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES, own_problems)
     if "decoder" not in trained:
         raise ConfigError([*problems, f"config.init: {config.init} holds no decoder; name a run of pretrain"])
-    problems += checks.ratio_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
+    problems += checks.mask_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask
+    if "loss" not in trained:  # of a model made elsewhere, or before there was a choice
+        trained.loss = {}
     data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:
         data = dataclasses.replace(data, source="files", path=config.images)

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax.config import flatten, make_workdir, to_json, write_json
+from mae_jax.config import flatten, to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError
-from mae_jax.training import metrics, optim
+from mae_jax.files import make_workdir, write_json
+from mae_jax.training import hosts, metrics, optim
 from mae_jax.training.checkpoint import Checkpoints, steps_in
-from mae_jax.training.loop import Hook, State, all_of, create_state, fit, make_train_step, total_steps
-from mae_jax.training.sharding import batch_sharding, make_mesh
+from mae_jax.training.loop import Hook, State, all_of, create_state, fit, in_turn, make_train_step, total_steps
+from mae_jax.training.sharding import batch_sharding, make_mesh, place
 
 # of the model, but nothing it learns depends on them
 FREE = tuple(f"{part}.{key}" for part in ("encoder", "decoder") for key in ("remat", "attention"))
@@ -56,6 +58,10 @@ class Run:
         make_workdir(workdir)
         _compare_with_earlier_run(config, workdir, fixed)
         self.checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
+        hosts.agree(
+            {f"the newest checkpoint in {workdir}": self.checkpoints.latest_step}
+            | {"the number of training images": data.opened.size}
+        )
         if (self.checkpoints.latest_step or 0) > self.steps:
             raise ConfigError(
                 f"config.train: {self.steps} steps, but {workdir} has trained {self.checkpoints.latest_step}; "
@@ -65,8 +71,11 @@ class Run:
         if self.complete:
             print(f"already complete: {workdir} has trained {self.steps} steps")
             return
+        hosts.meet("all have seen what is in the workdir")
         write_json(workdir / "config.json", to_json(config))
-        (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
+        if hosts.leads():
+            (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
+        hosts.see_what_the_first_wrote(workdir)
         self.mesh = make_mesh(**config.mesh)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
         self.last_look = {}
@@ -79,6 +88,7 @@ class Run:
         loss_fn: Callable,
         hooks: Sequence[Hook],
         batches: Dataset | None = None,
+        later: Sequence[tuple[int, Callable, Callable]] = (),
         start: dict | None = None,
         trained: Callable[[str], bool] = all_of,
         layer_of: Callable[[str], int] | None = None,
@@ -92,12 +102,13 @@ class Run:
           draw, loss_fn, trained, ema: as in `make_train_step`.
           hooks: to call besides saving.
           batches: what to take batches from, if not from `data`.
+          later: what comes in place of `draw` and `loss_fn`, and from which step on.
           start: parameters for a new run to begin with in place of those of `init`; a part of the tree.
           layer_of, exempt: as in `optim.make`.
         """
         config, data = self.config, self.data
-        tx, schedule = optim.make(data.batch_size, self.steps, self.steps_per_epoch, layer_of, exempt, **config.optim)
-        abstract, new_state = create_state(lambda: init(self.init_key), tx, self.mesh, trained, ema)
+        lengths, keys = (self.steps, self.steps_per_epoch), (self.init_key, self.train_key)
+        step_of, abstract, new_state = set_up(config, self.mesh, *lengths, *keys, init, trained, layer_of, exempt, ema)
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
         if self.checkpoints.latest_step is None:
             state = _begin_with(start or {}, new_state())
@@ -105,18 +116,21 @@ class Run:
             state = self.checkpoints.restore(abstract)
         first = int(state.step)
         print(
-            f"{'resuming' if first else 'training'} from step {first} of {self.steps} on {self.mesh.size} device(s); "
-            "compiling",
+            f"{'resuming' if first else 'training'} from step {first} of {self.steps} on {self.mesh.size} device(s)"
+            + f" of {jax.process_count()} processes" * (jax.process_count() > 1)
+            + "; compiling",
             flush=True,
         )
-        train_step = make_train_step(
-            draw, loss_fn, tx, schedule, self.train_key, self.mesh, trained, ema, config.accumulate
-        )
+        stages = [(step, step_of(*pair)) for step, *pair in [(0, draw, loss_fn), *later]]
+        train_step = in_turn(stages, first) if later else stages[0][1]
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
         progress = metrics.Progress(self.writer, self.steps, data.batch_size)
         examples = (batches or data).shuffled(config.seed, first, batch_sharding(self.mesh))
         try:
-            state = fit(state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, **config.log)
+            with hosts.failing_at_once():
+                state = fit(
+                    state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, **config.log
+                )
         finally:
             self.checkpoints.close()
             self.writer.close()
@@ -140,6 +154,7 @@ class Run:
             "wall_time_seconds": round(time.time() - self.began, 1),
             "device": jax.devices()[0].device_kind,
             "device_count": self.mesh.size,
+            "process_count": jax.process_count(),
             "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
             "metrics": self.final_metrics,
         }
@@ -149,17 +164,50 @@ class Run:
         print(f"checkpoint  {where}/checkpoints/{self.steps}")
 
 
+def set_up(
+    config: ConfigDict,
+    mesh: Mesh,
+    steps: int,
+    steps_per_epoch: int,
+    init_key: jax.Array,
+    train_key: jax.Array,
+    init: Callable,
+    trained: Callable[[str], bool] = all_of,
+    layer_of: Callable[[str], int] | None = None,
+    exempt: Sequence[str] = (),
+    ema: float = 0.0,
+) -> tuple[Callable, State, Callable[[], State]]:
+    """What a run begins with and what it repeats: the one place where they are put together.
+
+    Args:
+      init: `f(key) -> (params, stats)`.
+      trained, ema: as in `make_train_step`.
+      layer_of, exempt: as in `optim.make`.
+
+    Returns:
+      `f(draw, loss_fn) -> train step`, the arguments as in `make_train_step`; the state as `ShapeDtypeStruct`s that
+      carry shardings; and a function that computes it.
+    """
+    tx, schedule = optim.make(config.data.batch_size, steps, steps_per_epoch, layer_of, exempt, **config.optim)
+    abstract, new_state = create_state(lambda: init(init_key), tx, mesh, trained, ema)
+
+    def step_of(draw, loss_fn):
+        return make_train_step(draw, loss_fn, tx, schedule, train_key, mesh, trained, ema, config.accumulate)
+
+    return step_of, abstract, new_state
+
+
 def _begin_with(params: dict, state: State) -> State:
     """`state` with some parameters in place of its own, and of their moving averages."""
     given = flatten_dict(params, sep="/")
 
-    def place(tree):
+    def begin(tree):
         leaves = flatten_dict(tree, sep="/")
         for name in given.keys() & leaves.keys():  # copied, as both trees are donated and may share no memory
-            leaves[name] = jnp.copy(jax.device_put(given[name], leaves[name].sharding))
+            leaves[name] = jnp.copy(place(given[name], leaves[name].sharding))
         return unflatten_dict(leaves, sep="/")
 
-    return state.replace(params=place(state.params), ema=place(state.ema))
+    return state.replace(params=begin(state.params), ema=begin(state.ema))
 
 
 def _compare_with_earlier_run(config: ConfigDict, workdir: Path, fixed: Sequence[str]) -> None:

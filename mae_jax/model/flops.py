@@ -18,7 +18,9 @@ def block_flops(tokens: int, computed: int, width: int, mlp_ratio: float) -> int
     return keys_and_values + queries_and_output + attention + 2 * computed * 2 * width * hidden
 
 
-def forward_flops(model: MAE, image_size: Sequence[int], channels: int, ratio: float) -> dict[str, int]:
+def forward_flops(
+    model: MAE, image_size: Sequence[int], channels: int, ratio: float, every_patch: bool = False
+) -> dict[str, int]:
     """Of the loss of one image, by part: multiplications and additions of the matrix products, two per pair.
 
     Counts what the loss needs: visible patches in the encoder, and in the decoder's last block and head the hidden
@@ -28,28 +30,31 @@ def forward_flops(model: MAE, image_size: Sequence[int], channels: int, ratio: f
       image_size: (H, W).
       channels: C.
       ratio: the share of patches that is hidden.
+      every_patch: the loss is of all patches, which the decoder's last block and head then compute.
     """
     encoder, decoder = model.encoder, model.decoder
     rows, cols = grid_of(image_size, encoder.patch_size)
     patches = rows * cols
     seen = visible_count(patches, ratio)
-    hidden = patches - seen
+    told = patches if every_patch else patches - seen
     pixels = encoder.patch_size**2 * channels
-    blocks = [patches + 1] * (decoder.depth - 1) + [hidden] * bool(decoder.depth)
+    blocks = [patches + 1] * (decoder.depth - 1) + [told] * bool(decoder.depth)
     return {
         "patch_embedding": 2 * seen * pixels * encoder.width,
         "encoder": encoder.depth * block_flops(1 + seen, 1 + seen, encoder.width, encoder.mlp_ratio),
         "decoder_embedding": 2 * (1 + seen) * encoder.width * decoder.width,
         "decoder": sum(block_flops(1 + patches, n, decoder.width, decoder.mlp_ratio) for n in blocks),
-        "head": 2 * hidden * decoder.width * decoder.target_width,
+        "head": 2 * told * decoder.width * decoder.target_width,
     }
 
 
-def training_flops(model: MAE, image_size: Sequence[int], channels: int, ratio: float) -> int:
+def training_flops(
+    model: MAE, image_size: Sequence[int], channels: int, ratio: float, every_patch: bool = False
+) -> int:
     """Of one image in a training step: the loss, and twice that for the gradients of both factors of each product.
 
     Less the gradient of the pixels, which nobody needs. The optimizer and all that is done to single numbers, which
     is below 2 % from a width of 192 on, is not counted.
     """
-    parts = forward_flops(model, image_size, channels, ratio)
+    parts = forward_flops(model, image_size, channels, ratio, every_patch)
     return 3 * sum(parts.values()) - parts["patch_embedding"]

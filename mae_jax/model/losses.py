@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,50 @@ def mse(pred: jax.Array, target: jax.Array) -> jax.Array:
     Given hidden patches only, its mean over samples is the loss of the paper (section 3): each sample hides as
     many patches as any other, so the mean of means is the mean over all hidden patches.
     """
-    return jnp.mean(jnp.square(pred.astype(jnp.float32) - target.astype(jnp.float32)), axis=(1, 2))
+    return jnp.mean(jnp.square(_difference(pred, target)), axis=(1, 2))
+
+
+def l1(pred: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean absolute error over patches and their values (SimMIM, arXiv 2111.09886): [N,M,T], [N,M,T] -> f32[N]."""
+    return jnp.mean(jnp.abs(_difference(pred, target)), axis=(1, 2))
+
+
+def smooth_l1(pred: jax.Array, target: jax.Array) -> jax.Array:
+    """Half the square up to a difference of 1, and linear beyond, as in PyTorch: [N,M,T], [N,M,T] -> f32[N]."""
+    size = jnp.abs(_difference(pred, target))
+    return jnp.mean(jnp.where(size < 1, 0.5 * jnp.square(size), size - 0.5), axis=(1, 2))
+
+
+def token_cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean cross-entropy over patches, of the right tokens i32[N,M,1] under logits [N,M,T]: f32[N]."""
+    found = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(found, tokens, axis=-1), axis=(1, 2))
+
+
+def _difference(pred: jax.Array, target: jax.Array) -> jax.Array:
+    return pred.astype(jnp.float32) - target.astype(jnp.float32)
+
+
+# A loss is `f(predictions [N,M,T], what was encoded) -> f32[N]`. Tokens have numbers in place of values, and a loss of
+# their own.
+LOSSES = {"l2": mse, "l1": l1, "smooth_l1": smooth_l1, "cross_entropy": token_cross_entropy}
+PATCHES = ("hidden", "all")
+
+
+def fits(name: str, default: str) -> bool:
+    """Whether the loss `name` is for targets whose own loss is `default`."""
+    return (name == "cross_entropy") == (default == "cross_entropy")
+
+
+def make(default: str, *, name: str = "", patches: str = "hidden") -> tuple[Callable, bool]:
+    """The loss, a value of `LOSSES`, and whether it is of every patch.
+
+    Args:
+      default: the row of `LOSSES` that the target brings.
+      name: another row; empty: the target's.
+      patches: of the "hidden" patches, or of "all" (paper, section 3: half a percent worse).
+    """
+    return LOSSES[name or default], patches == "all"
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from flax.traverse_util import flatten_dict
 
 from mae_jax.errors import CheckpointError
+from mae_jax.files import absolute, is_folder, to_path
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
@@ -30,7 +29,7 @@ CONFIG = "config.json"
 def _manager(folder: Path, state: ocp.PyTreeCheckpointHandler, **options) -> ocp.CheckpointManager:
     handlers = {"state": state, "config": ocp.JsonCheckpointHandler(CONFIG)}
     return ocp.CheckpointManager(
-        folder.absolute(), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+        absolute(folder), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
     )
 
 
@@ -119,7 +118,7 @@ def read(path: str | Path, trees: tuple[str, ...]) -> dict[str, dict]:
     Raises:
       CheckpointError: there is no checkpoint.
     """
-    folder = epath.Path(locate(path).absolute() / "state")
+    folder = absolute(locate(path)) / "state"
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         stored = {key: tree for key, tree in handler.metadata(folder).tree.items() if key in trees and tree}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
@@ -134,11 +133,11 @@ def locate(path: str | Path) -> Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = Path(os.path.expanduser(path))
-    if os.path.isdir(path / "state"):  # which, unlike Path.is_dir, says no to any impossible name
+    path = to_path(path)
+    if is_folder(path / "state"):
         return path
     folder = path if path.name == FOLDER else path / FOLDER
-    steps = steps_in(folder) if os.path.isdir(folder) else []
+    steps = steps_in(folder) if is_folder(folder) else []
     if not steps:
         raise CheckpointError(
             f"{path}: no checkpoint here; name a workdir of a run, or one of its checkpoints/STEP; of a "
@@ -176,7 +175,7 @@ def load(path: str | Path, abstract: dict, whole: str | tuple[str, ...] = "param
     where = locate(path)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    folder = epath.Path(where.absolute() / "state")
+    folder = absolute(where) / "state"
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         _compare(handler.metadata(folder).tree, abstract, where, whole)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -187,7 +186,7 @@ def load(path: str | Path, abstract: dict, whole: str | tuple[str, ...] = "param
 def names_in(path: str | Path) -> set[str]:
     """The names of all that the checkpoint at `path` holds, such as "params/encoder/cls_token"."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return set(_leaves(handler.metadata(epath.Path(locate(path).absolute() / "state")).tree))
+        return set(_leaves(handler.metadata(absolute(locate(path)) / "state").tree))
 
 
 def _leaves(tree) -> dict[str, tuple]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mae_jax.errors import Interrupted
+from mae_jax.training.hosts import Signals, Watchdog
 from mae_jax.training.metrics import Progress
 from mae_jax.training.optim import join, split
 from mae_jax.training.sharding import microbatches, state_sharding
@@ -146,6 +147,21 @@ def make_train_step(
     return train_step
 
 
+def in_turn(stages: Sequence[tuple[int, Callable]], first: int) -> Callable[[State, dict], tuple[State, dict]]:
+    """One train step made of several, to be called for step `first` and those after it.
+
+    Args:
+      stages: from which step on each is the one, ascending from 0.
+    """
+    numbers = itertools.count(first)  # the state's own step would have to be waited for
+
+    def train_step(state, batch):
+        number = next(numbers)
+        return [step for begins, step in stages if begins <= number][-1](state, batch)
+
+    return train_step
+
+
 # A hook is (every, f(state, step)): called at every multiple of `every` and at the last step; 0 is the last only.
 Hook = tuple[int, Callable[[State, int], None]]
 
@@ -176,43 +192,30 @@ def fit(
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
     """
-    first = int(state.step)
-    with _Signals() as signals:
+    first, scalars = int(state.step), None
+    with Signals() as signals, Watchdog() as watchdog:
         for step in range(first, steps + 1):
             due = [hook for period, hook in hooks if step == steps or (period and step % period == 0)]
             if due and (step > first or step == steps):
                 jax.block_until_ready(state)
+                watchdog.pause()
                 with progress.paused():
                     for hook in due:
                         hook(state, step)
             if step == steps:
                 break
-            if signals.received:
+            if signum := signals.at(step):
                 save(state, step)
-                raise Interrupted(signals.received, f"stopped at step {step}; the same command goes on from there")
+                raise Interrupted(signum, f"stopped at step {step}; the same command goes on from there")
             with progress.waiting():
                 batch = next(batches)
+            before = scalars
             state, scalars = train_step(state, batch)
             if step == first:
                 jax.block_until_ready(scalars)
                 progress.start(step + 1)
+            jax.block_until_ready(before)  # no more than one step ahead, so that a signal need not wait for many
+            watchdog.step()
             if (step + 1) % every == 0 or step + 1 == steps:
                 progress.log(step + 1, jax.device_get(scalars))
     return state
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
-
-    def __enter__(self):
-        self.received = 0
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, signum, frame):
-        self.received = signum
-        signal.signal(signum, self.before[signum])
-
-    def __exit__(self, *exc):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)

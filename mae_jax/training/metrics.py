@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from etils import epy
 
+from mae_jax.files import write, write_picture
+from mae_jax.training import hosts
+
 with epy.lazy_imports():
     from clu import metric_writers  # imports TensorFlow, which takes seconds
 
@@ -19,23 +22,24 @@ class Writer:
     """Scalars to WORKDIR/metrics.jsonl and TensorBoard, pictures to WORKDIR/reconstructions and TensorBoard.
 
     A resumed run goes on after the step it resumes from: lines of later steps, written by a run that died before
-    its next checkpoint, are dropped, so that the file has neither gaps nor duplicates.
+    its next checkpoint, are dropped, so that the file has neither gaps nor duplicates. Of several hosts, one writes.
     """
 
     def __init__(self, workdir: Path, resume_step: int = 0):
         self.workdir = workdir
         self.path = workdir / "metrics.jsonl"
+        self._file = self._tensorboard = None
+        if not hosts.leads():
+            return
         kept = [line for line in read(self.path) if resume_step and line["step"] <= resume_step]
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        unfinished.replace(self.path)
+        write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._there = {(line["step"], *sorted(line.keys() - {"step"})) for line in kept if line["step"] == resume_step}
         self._file = self.path.open("a")
         self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line {"step": step, name: number, ...}, on disk when this returns; of what is there already, none."""
-        if (step, *sorted(scalars)) in self._there:
+        if self._file is None or (step, *sorted(scalars)) in self._there:
             return
         numbers = {name: float(value) for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
@@ -44,17 +48,16 @@ class Writer:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> Path:
         """WORKDIR/`name`/step_N.png and TensorBoard, from uint8[H,W,3]."""
-        from PIL import Image
-
         path = self.workdir / name / f"step_{step}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-        self._tensorboard.write_images(step, {name: image[None]})
+        if self._file is not None:
+            write_picture(path, image)
+            self._tensorboard.write_images(step, {name: image[None]})
         return path
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def read(path: Path) -> list[dict]:

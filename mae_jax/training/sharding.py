@@ -13,9 +13,10 @@ split like the batch, and what is sent is parameters and gradients, under `tenso
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -37,12 +38,14 @@ RULES = (
     # layers that stand alone: the model's width is what is split, as it is what divides
     (r"(patch_embedding|embedding)/kernel", P(None, "fsdp")),
     (r"head/kernel", P("fsdp", None)),
-    # what is small is on every device: biases, norms, tokens, positions, statistics, counts
-    (r"bias|scale|cls_token|mask_token|positions|mean|var|step|count", P()),
+    # what is small is on every device: biases, norms, tokens, positions, statistics, targets, counts
+    (r"bias|scale|cls_token|mask_token|positions|mean|var|components|centroids|step|count", P()),
 )
 
 
-def mesh_shape(devices: int, slices: int = 1, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, ...]:
+def mesh_shape(
+    devices: int, slices: int = 1, hosts: int = 1, *, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> tuple[int, ...]:
     """The sizes (data, fsdp, tensor) of a mesh over `devices` devices, or over the first of them.
 
     >>> mesh_shape(8, data=-1, fsdp=4), mesh_shape(8, data=2, fsdp=1)
@@ -50,6 +53,7 @@ def mesh_shape(devices: int, slices: int = 1, *, data: int = -1, fsdp: int = 1, 
 
     Args:
       slices: of so many devices each as fast links join; only `data` crosses from one to the next.
+      hosts: that the devices belong to; of several, none may be left out.
       data, fsdp, tensor: one may be -1: all devices that the other two leave.
 
     Raises:
@@ -61,10 +65,12 @@ def mesh_shape(devices: int, slices: int = 1, *, data: int = -1, fsdp: int = 1, 
         if -1 in sizes and devices % known == 0:
             sizes = tuple(devices // known if size == -1 else size for size in sizes)
         used = math.prod(sizes)
-        if 0 < used <= devices and (slices == 1 or (used == devices and sizes[0] % slices == 0)):
+        whole = used == devices and sizes[0] % slices == 0
+        if whole or (0 < used <= devices and slices == hosts == 1):
             return sizes
     told = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, (data, fsdp, tensor), strict=True))
-    raise ValueError(f"{told} do not fit {devices} device(s)" + f" in {slices} slices" * (slices > 1))
+    there = f"{devices} device(s)" + f" of {hosts} hosts" * (hosts > 1) + f" in {slices} slices" * (slices > 1)
+    raise ValueError(f"{told} do not fit {there}")
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
@@ -96,7 +102,8 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = -1, fs
       ValueError: the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(len(devices), slice_count(devices), data=data, fsdp=fsdp, tensor=tensor)
+    hosts = len({device.process_index for device in devices})
+    shape = mesh_shape(len(devices), slice_count(devices), hosts, data=data, fsdp=fsdp, tensor=tensor)
     # linen annotates nothing, so the axes must be Auto; jax.make_mesh's own default is Explicit
     return Mesh(arrange(devices[: math.prod(shape)], shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -104,6 +111,35 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = -1, fs
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a batch lies on the mesh: its first axis split over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def place(tree, sharding):
+    """The arrays of a tree, laid out over all hosts as `sharding` says.
+
+    Args:
+      tree: of arrays that each host has whole, or that are spread over all of them already.
+      sharding: one for all, or a tree of them.
+    """
+    if isinstance(sharding, NamedSharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+
+    def put(x, one):
+        if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, one)
+        x = np.asarray(x)  # device_put would have all hosts compare it
+        return jax.make_array_from_callback(x.shape, one, lambda index: x[index])
+
+    return jax.tree.map(put, tree, sharding)
+
+
+@functools.cache
+def _replicate(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+def whole(tree, mesh: Mesh):
+    """The arrays of a tree as NumPy arrays, whole on every host, however they are spread over the mesh."""
+    return jax.device_get(_replicate(NamedSharding(mesh, P()))(tree))
 
 
 def batch_shares(mesh: Mesh) -> int:

@@ -73,19 +73,16 @@ def training_step(config, model=None, **sizes):
     import jax
     import numpy as np
 
-    from mae_jax.jobs import models, pretrain
-    from mae_jax.training import optim
-    from mae_jax.training.loop import create_state, make_train_step
+    from mae_jax.jobs import models, pretrain, runs
     from mae_jax.training.sharding import batch_sharding, make_mesh
 
-    mesh = make_mesh(**{"data": 1} | sizes)
+    mesh, keys = make_mesh(**{"data": 1} | sizes), (jax.random.key(0), jax.random.key(1))
     autoencoder, target = models.build(config)
     model = model or autoencoder
-    tx, schedule = optim.make(config.data.batch_size, 10_000, 100, **config.optim)
-    abstract, new_state = create_state(lambda: (models.init(model, config, jax.random.key(0)), {}), tx, mesh)
+    init = pretrain.make_init(model, config)
+    step_of, abstract, new_state = runs.set_up(config, mesh, 10_000, 100, *keys, init, pretrain.trained)
+    step = step_of(pretrain.make_draw(model, config), pretrain.make_loss(model, target, config))
     batch = {"image": images_of(config), "weight": np.ones(config.data.batch_size, np.float32)}
-    draw, loss_fn = pretrain.make_draw(model, config), pretrain.make_loss(model, target, config)
-    step = make_train_step(draw, loss_fn, tx, schedule, jax.random.key(1), mesh)
     return step, abstract, new_state, jax.device_put(batch, batch_sharding(mesh))
 
 

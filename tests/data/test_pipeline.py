@@ -270,23 +270,44 @@ def test_the_same_batches_on_any_number_of_devices(name, devices, sets, running)
     assert all(same(a, b) for a, b in zip(few, running[name], strict=False))
 
 
-@pytest.mark.parametrize(("name", "hosts"), [("folder", 2), ("synthetic", 2)])
-def test_hosts_make_their_parts_of_the_same_batches(name, hosts, sets, running, monkeypatch):
-    data = sets[name]
-    whole = {"shuffled": running[name][5:7], "once": take(data.once(sharding()), 10)}
-    monkeypatch.setattr(jax, "process_count", lambda: hosts)
-    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, part: part)
-    parts = {"shuffled": [], "once": []}
-    for host in range(hosts):
-        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        parts["shuffled"].append(take(data.shuffled(3, 5, "any"), 2))
-        parts["once"].append(take(data.once("any"), 10))
+class Held:
+    """A sharding, as far as this host sees it: its devices hold these slices of a batch."""
+
+    def __init__(self, slices):
+        self.slices = slices
+
+    def addressable_devices_indices_map(self, shape):
+        return {f"device {i}": (part,) for i, part in enumerate(self.slices)}
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts"),
+    [
+        ("synthetic", [[(0, 4), (4, 8)], [(8, 12), (12, 16)]]),
+        ("folder", [[(8, 12), (0, 4)], [(4, 8), (12, 16)]]),  # as the links of a pod have it
+        ("synthetic", [[(0, 8), (8, 16)], [(0, 8), (8, 16)]]),  # tensor parallelism from one host to the other
+        ("repeated", [[(0, 1), (1, 2)], [(2, 3), (3, 16)]]),  # repeats of one image on two hosts
+    ],
+)
+def test_hosts_make_their_parts_of_the_same_batches(name, hosts, sets, monkeypatch):
+    data = sets["folder"].but(repeats=4) if name == "repeated" else sets[name]
+    data = data.but(batch_size=16)
+    whole = {"shuffled": take(data.shuffled(3, 5, sharding()), 2), "once": take(data.once(sharding()), 10)}
+
+    def parts_of(shape, sharding, part):
+        return [part((held, *[slice(None)] * (len(shape) - 1))) for held in sharding.slices]
+
+    monkeypatch.setattr(jax, "make_array_from_callback", parts_of)
+    for held in hosts:
+        slices = [slice(*bounds) for bounds in held]
+        got = {"shuffled": take(data.shuffled(3, 5, Held(slices)), 2), "once": take(data.once(Held(slices)), 10)}
+        for kind, want in whole.items():
+            assert len(got[kind]) == len(want)
+            for batch, parts in zip(want, got[kind], strict=True):
+                for key, value in batch.items():
+                    for part, rows in zip(parts[key], slices, strict=True):
+                        np.testing.assert_array_equal(part, np.asarray(value)[rows])
         assert same(joined(data.once(None)), joined(whole["once"])), "without a sharding, each host has all"
-    for kind, want in whole.items():
-        assert [len(part) for part in parts[kind]] == [len(want)] * hosts
-        for i, batch in enumerate(want):
-            assert all(len(part[i]["weight"]) == data.batch_size // hosts for part in parts[kind])
-            assert same(batch, joined(part[i] for part in parts[kind]))
 
 
 @pytest.mark.parametrize(

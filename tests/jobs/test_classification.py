@@ -96,7 +96,7 @@ def test_what_no_shape_tells_of_an_encoder_is_compared_too(pretrained, tuned, tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("job", ["probe", "finetune"])
+@pytest.mark.parametrize("job", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_a_run_goes_on_though_what_it_began_with_is_gone(job, pretrained, tmp_path, tools):
     init, workdir = tmp_path / "init", tmp_path / "run"
     shutil.copytree(pretrained, init)

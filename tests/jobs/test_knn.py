@@ -119,7 +119,7 @@ def test_the_monitor_is_off_without_labels(tmp_path, tools, monkeypatch):
         Image.new("L", (8, 8), 3 * i).save(tmp_path / f"{i}.png")
     hooks_of = []
 
-    def train(self, init, draw, loss_fn, hooks):
+    def train(self, init, draw, loss_fn, hooks, **options):
         hooks_of.append(hooks)
         self.writer.close()
         self.checkpoints.close()

@@ -25,8 +25,6 @@ sys.exit(max(codes))
 # Ends as the file `codes` says for its process; or saves on SIGTERM.
 MAE_JAX = """
 import signal, time
-with open(fake + "/devices", "a") as devices:
-    devices.write(os.environ.get("JAX_LOCAL_DEVICE_IDS", "-") + " ")
 if os.path.exists(fake + "/term"):
     def save(*_):
         time.sleep(0.2)
@@ -47,11 +45,11 @@ def slurm(fakes):
     return fakes
 
 
-def job(slurm, *codes, arguments=("pretrain", "--workdir=x"), nodes=1, state="RUNNING", **env):
+def job(slurm, *codes, arguments=("pretrain", "--workdir=x"), state="RUNNING", **env):
     """Runs slurm.sbatch as Slurm does, with processes that end with these codes."""
     (slurm.root / "codes").write_text(json.dumps(codes))
-    env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(len(codes)), "SLURM_NNODES": str(nodes), "STATE": state, **env}
-    return slurm.run(str(slurm.launch / "slurm.sbatch"), *arguments, SLURM_GPUS_ON_NODE="4", **env)
+    env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(len(codes)), "STATE": state, **env}
+    return slurm.run(str(slurm.launch / "slurm.sbatch"), *arguments, **env)
 
 
 def requeued(slurm) -> bool:
@@ -103,13 +101,6 @@ def test_misuse_is_refused_in_one_line(slurm, arguments, complaint):
 
 def test_help_is_the_header(slurm):
     assert "usage: launch/slurm.sh [--dry-run]" in slurm.run(str(slurm.launch / "slurm.sh"), "--help").stdout
-
-
-@pytest.mark.parametrize("nodes, devices", [(2, "0,1,2,3 0,1,2,3 "), (1, "- - ")])
-def test_a_process_has_all_gpus_of_its_node_unless_it_shares_it(slurm, nodes, devices):
-    assert job(slurm, 0, 0, nodes=nodes).returncode == 0
-    assert (slurm.root / "devices").read_text() == devices
-    assert not requeued(slurm)
 
 
 @pytest.mark.parametrize("code", [143, 6, 134, 137])

@@ -38,7 +38,7 @@ def test_no_decoder_block_is_a_head_on_the_hidden_patches():
     assert forward_flops(model_of("Ti", 0), (224, 224), 3, 0.75)["decoder"] == 0
 
 
-def lowered(model, patch, batch):
+def lowered(model, patch, batch, every_patch=False):
     """The whole training step, as handed to the compiler; nothing is computed."""
     target = targets.make(patch, name="normalized_pixels")
 
@@ -49,8 +49,8 @@ def lowered(model, patch, batch):
 
     def loss_fn(params, stats, masked):
         images, mask = masked["image"], masked["mask"]
-        pred = model.apply({"params": params}, images, mask)
-        return losses.mse(pred, masking.take(target.encode(images), mask.hidden)), stats
+        pred, want = model.apply({"params": params}, images, mask, every_patch), target.encode(images)
+        return losses.mse(pred, want if every_patch else masking.take(want, mask.hidden)), stats
 
     mask = masking.sample(jax.random.key(0), 1, grid)
     init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask)["params"]  # noqa: E731
@@ -78,6 +78,13 @@ def test_the_step_does_no_more_than_is_needed(size, depth):
     assert 1 <= step.cost_analysis()["flops"] / needed <= 1.02
     if (size, depth) == ("B", 1):
         assert 1 <= step.compile().cost_analysis()["flops"] / needed <= 1.02
+
+
+def test_a_loss_of_all_patches_needs_them_from_the_last_block_and_the_head():
+    model = model_of("Ti", 1)
+    needed = 64 * training_flops(model, (224, 224), 3, 0.75, every_patch=True)
+    assert 1 <= lowered(model, 16, 64, every_patch=True).cost_analysis()["flops"] / needed <= 1.02
+    assert needed > 1.05 * 64 * training_flops(model, (224, 224), 3, 0.75)
 
 
 @pytest.mark.parametrize("what", ["head", "0.5", "1", "3", "all"])

@@ -34,6 +34,25 @@ def test_mse_of_bfloat16_predictions_is_computed_in_float32():
     np.testing.assert_allclose(got, 1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["l1", "smooth_l1", "cross_entropy"])
+def test_losses_and_their_gradients_are_those_of_pytorch(name):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    pred = (2 * rng.standard_normal((2, 3, 5))).astype(np.float32)
+    if name == "cross_entropy":
+        want = rng.integers(0, 5, (2, 3, 1))
+        theirs = lambda x: torch.nn.functional.cross_entropy(x.mT, torch.tensor(want[..., 0]), reduction="none")  # noqa: E731
+    else:
+        want = rng.standard_normal((2, 3, 5)).astype(np.float32)
+        theirs = lambda x: getattr(torch.nn.functional, f"{name}_loss")(x, torch.tensor(want), reduction="none")  # noqa: E731
+    x = torch.tensor(pred, requires_grad=True)
+    expected = theirs(x).flatten(1).mean(dim=1)
+    expected.sum().backward()
+    got, pull = jax.vjp(lambda x: losses.LOSSES[name](x, jnp.asarray(want)), jnp.asarray(pred))
+    np.testing.assert_allclose(got, expected.detach(), rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(2))[0], x.grad, rtol=0, atol=1e-6)
+
+
 def test_cross_entropy_of_soft_targets_and_its_gradient_are_those_of_pytorch():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """Masks: exactly K patches stay, and which ones depends on the key alone."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,8 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mae_jax.model import masking
 from mae_jax.model.masking import SAMPLERS, Mask, from_scores, take, visible_count
+from mae_jax.model.samplers import block_scores
 
 GRIDS = [(4, 4), (2, 9), (7, 3)]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
 
@@ -63,38 +66,55 @@ def test_fields_of_a_mask_have_their_documented_types():
 
 @every_sampler
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_sampler_scores_every_patch_of_every_sample(name, grid):
-    scores = SAMPLERS[name](jax.random.key(0), 5, grid)
-    assert scores.shape == (5, grid[0] * grid[1])
+def test_every_sample_keeps_exactly_its_count_and_loses_no_patch(name, grid):
+    patches, ratios = grid[0] * grid[1], (0.25, 0.5, 0.75, 0.9)
+
+    @jax.jit
+    def draw(key):
+        masks = [masking.sample(key, 6, grid, name=name, ratio=ratio) for ratio in ratios]
+        return SAMPLERS[name](key, 6, grid), [(mask, mask.order, mask.restore, mask.removed) for mask in masks]
+
+    scores, masks = draw(jax.random.key(3))
+    assert scores.shape == (6, patches)
     assert scores.dtype == jnp.float32
     assert np.isfinite(scores).all()
+    for ratio, (mask, order, restore, removed) in zip(ratios, masks, strict=True):
+        count = visible_count(patches, ratio)
+        assert mask.visible.shape == (6, count)
+        assert mask.hidden.shape == (6, patches - count)
+        np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(patches), (6, 1)))
+        np.testing.assert_array_equal(np.take_along_axis(order, restore, 1), np.tile(np.arange(patches), (6, 1)))
+        want = np.zeros((6, patches))
+        np.put_along_axis(want, np.asarray(mask.hidden), 1, axis=1)
+        np.testing.assert_array_equal(removed, want)
 
 
 @every_sampler
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.9])
-def test_every_sample_keeps_exactly_its_count_and_loses_no_patch(name, grid, ratio):
-    patches = grid[0] * grid[1]
-    count = visible_count(patches, ratio)
-    mask = masking.sample(jax.random.key(3), 6, grid, name=name, ratio=ratio)
-    assert mask.visible.shape == (6, count)
-    assert mask.hidden.shape == (6, patches - count)
-    np.testing.assert_array_equal(np.sort(mask.order, axis=1), np.tile(np.arange(patches), (6, 1)))
-    np.testing.assert_array_equal(np.take_along_axis(mask.order, mask.restore, 1), np.tile(np.arange(patches), (6, 1)))
-    removed = np.zeros((6, patches))
-    np.put_along_axis(removed, np.asarray(mask.hidden), 1, axis=1)
-    np.testing.assert_array_equal(mask.removed, removed)
+def test_a_mask_is_drawn_for_each_sample_by_itself(name):
+    """What is hidden of one sample tells nothing of another, over 400 keys; and the same key draws the same."""
+    draw = jax.jit(jax.vmap(lambda key: masking.sample(key, 3, (4, 5), name=name, ratio=0.5).removed))
+    keys = jax.random.split(jax.random.key(0), 400)
+    removed = np.asarray(draw(keys), np.float64)  # [keys,samples,L]
+    np.testing.assert_array_equal(draw(keys), removed)
+    one, other, another = np.moveaxis(removed - removed.mean(axis=0), 1, 0)
+    assert np.abs(np.mean(one * other, axis=0)).max() < 5 * 0.25 / 400**0.5
+    assert np.abs(np.mean(one * another, axis=0)).max() < 5 * 0.25 / 400**0.5
 
 
 @every_sampler
-def test_masks_differ_between_samples_and_keys_and_repeat_for_the_same_key(name):
-    def removed(key):
-        return np.asarray(masking.sample(key, 8, (7, 7), name=name).removed)
+@pytest.mark.parametrize("grid", [(14, 14), (7, 3)])
+def test_masks_in_units_keep_the_same_count_and_cut_one_unit_at_most(name, grid):
+    @jax.jit
+    def draw(key):
+        return {unit: masking.sample(key, 6, grid, name=name, ratio=0.6, unit=unit).removed for unit in (2, 3)}
 
-    one, again, other = (removed(jax.random.fold_in(jax.random.key(0), step)) for step in (5, 5, 6))
-    np.testing.assert_array_equal(one, again)
-    assert len(np.unique(one, axis=0)) == 8
-    assert not np.array_equal(one, other)
+    for unit, removed in draw(jax.random.key(3)).items():
+        removed = np.asarray(removed, bool).reshape(6, *grid)
+        assert (removed.sum(axis=(1, 2)) == grid[0] * grid[1] - visible_count(grid[0] * grid[1], 0.6)).all()
+        corners = list(itertools.product(range(0, grid[0], unit), range(0, grid[1], unit)))
+        for sample in removed:
+            shares = [sample[top : top + unit, left : left + unit].mean() for top, left in corners]
+            assert sum(0 < share < 1 for share in shares) <= 1
 
 
 @every_sampler
@@ -102,7 +122,7 @@ def test_masks_differ_between_samples_and_keys_and_repeat_for_the_same_key(name)
 def test_masks_are_the_same_on_any_number_of_devices(name, devices):
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     batch = NamedSharding(mesh, PartitionSpec("data"))
-    draw = partial(masking.sample, num=16, grid=(6, 8), name=name)
+    draw = jax.jit(partial(masking.sample, num=16, grid=(6, 8), name=name))
     key = jax.random.key(7)
     mask = jax.jit(draw, out_shardings=batch)(key)
     assert len(mask.visible.sharding.device_set) == devices
@@ -135,6 +155,87 @@ def test_the_default_is_random_masking_of_three_quarters():
     mask = masking.sample(key, 2, (4, 4))
     np.testing.assert_array_equal(mask.order, jnp.argsort(jax.random.uniform(key, (2, 16)), axis=1))
     assert mask.visible.shape == (2, 4)
+
+
+def test_the_samplers_fill_a_quarter_of_the_paper_s_grids_as_in_its_figure_6():
+    """224 pixels by 16 and 28 by 4: the grid keeps one of every 2x2, the middle is one rectangle."""
+    kept = np.argwhere(shown("grid", (14, 14)) == 0)
+    np.testing.assert_array_equal(kept, [(row, col) for row in range(0, 14, 2) for col in range(0, 14, 2)])
+    kept = np.argwhere(shown("grid", (7, 7)) == 0)
+    np.testing.assert_array_equal(kept, [(row, col) for row in range(1, 7, 2) for col in range(0, 7, 2)])
+    middle = shown("centre", (14, 14))
+    assert middle[1:13, 1:13].all() and middle[0].sum() == 0, "147 of 196 are 12x12 and three more"
+    np.testing.assert_array_equal(shown("centre", (14, 14), 64 / 196)[3:11, 3:11], np.ones((8, 8)))
+    assert shown("centre", (7, 7))[1:6, 1:6].all()
+    np.testing.assert_array_equal(shown("centre", (4, 8), 0.25)[1:3, 2:6], np.ones((2, 4))), "of the grid's shape"
+
+
+def shown(name, grid, ratio=0.75, key=0):
+    return np.asarray(masking.sample(jax.random.key(key), 1, grid, name=name, ratio=ratio).removed).reshape(grid)
+
+
+@pytest.mark.parametrize("ratio, period", [(0.5, None), (0.75, 2), (15 / 16, 4)])
+def test_a_grid_is_regular_at_other_ratios_too(ratio, period):
+    kept = shown("grid", (16, 16), ratio) == 0
+    row, col = np.indices((16, 16))
+    want = (row + col) % 2 == 0 if period is None else (row % period == 0) & (col % period == 0)
+    np.testing.assert_array_equal(kept, want)
+
+
+def test_blocks_are_few_and_large():
+    """Neighbours share their fate: of all pairs, far fewer differ than under random masking."""
+
+    def differing(name):
+        draw = jax.jit(lambda key: masking.sample(key, 200, (14, 14), name=name, ratio=0.5).removed)
+        removed = np.asarray(draw(jax.random.key(0))).reshape(-1, 14, 14)
+        return (np.mean(removed[:, 1:] != removed[:, :-1]) + np.mean(removed[:, :, 1:] != removed[:, :, :-1])) / 2
+
+    assert differing("random") == pytest.approx(0.5, abs=0.02)
+    assert 0.02 < differing("block") < 0.15
+
+
+def test_the_last_block_is_cut_to_what_is_left_and_the_others_stay_whole():
+    """The masks of one key are nested: a higher ratio hides more, and nothing less."""
+    scores = jax.jit(lambda key: block_scores(key, 1, (14, 14)))(jax.random.key(4))
+    ratios = (0.1, 0.3, 0.5, 0.75, 0.9, 0.99)
+    masks = [np.asarray(from_scores(scores, ratio).removed).reshape(14, 14) for ratio in ratios]
+    for less, more in itertools.pairwise(masks):
+        assert (more >= less).all()
+    first = np.argwhere(masks[0])
+    height, width = np.ptp(first, axis=0) + 1
+    assert height * width - len(first) < max(height, width) * 2, "all but a row or a column of a rectangle"
+
+
+def test_a_mask_of_one_s_own_goes_there_and_back():
+    mine = np.zeros((2, 3, 4), bool)
+    mine[0, 1:, 1:] = mine[1, :2, :3] = True
+    mask = masking.from_removed(mine)
+    assert mask.visible.dtype == mask.hidden.dtype == jnp.int32
+    np.testing.assert_array_equal(np.asarray(mask.removed, bool).reshape(mine.shape), mine)
+    assert mask.hidden.tolist()[0] == [5, 6, 7, 9, 10, 11]
+    drawn = masking.sample(jax.random.key(0), 5, (4, 5))
+    np.testing.assert_array_equal(masking.from_removed(drawn.removed).removed, drawn.removed)
+
+
+@pytest.mark.parametrize("removed", [[[0, 1], [1, 1]], [[0, 0], [0, 0]], [[1, 1], [1, 1]], [[0, 1, 1], [0, 0, 1]]])
+def test_a_mask_of_one_s_own_must_hide_as_many_patches_of_each_sample(removed):
+    with pytest.raises(ValueError, match="each sample must hide as many"):
+        masking.from_removed(removed)
+
+
+def test_a_sampler_of_one_s_own_is_a_row(monkeypatch):
+    monkeypatch.setitem(
+        SAMPLERS, "rows", lambda key, num, grid: jnp.tile(jnp.arange(grid[0] * grid[1] * 1.0)[None], (num, 1))
+    )
+    mask = masking.sample(jax.random.key(0), 2, (4, 4), name="rows", ratio=0.5)
+    np.testing.assert_array_equal(mask.visible, np.tile(np.arange(8), (2, 1)))
+
+
+def test_a_ratio_goes_from_one_to_another_in_stages():
+    assert masking.ratios(10, 0.75) == [(0, 0.75)]
+    stages = masking.ratios(1000, 0.9, start=0.5)
+    assert [step for step, _ in stages] == [0, 250, 500, 750]
+    np.testing.assert_allclose([ratio for _, ratio in stages], [0.5, 0.5 + 0.4 / 3, 0.9 - 0.4 / 3, 0.9])
 
 
 def test_a_mask_passes_through_jit_as_data():

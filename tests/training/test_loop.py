@@ -13,7 +13,7 @@ import pytest
 
 from mae_jax.errors import Interrupted
 from mae_jax.training import optim
-from mae_jax.training.loop import State, create_state, fit, make_train_step, total_steps
+from mae_jax.training.loop import State, create_state, fit, in_turn, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh, microbatches
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -537,3 +537,13 @@ def test_a_step_is_compiled_once_on_any_mesh():
         for i in range(3):
             state, _ = train_step(state, network_batch(i))
         assert train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_stages_follow_each_other_by_the_number_of_the_step(first):
+    stages = [(begins, lambda state, batch, begins=begins: ([*state, begins], batch)) for begins in (0, 2, 5)]
+    step, taken = in_turn(stages, first), []
+    for number in range(first, 8):
+        taken, batch = step(taken, number)
+        assert batch == number
+    assert taken == [0, 0, 2, 2, 2, 5, 5, 5][first:]

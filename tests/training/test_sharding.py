@@ -162,6 +162,7 @@ def test_each_device_holds_its_part_of_the_state_and_no_more(sizes):
     assert expected <= 1.15 * whole / parts, "what is on every device is small"
 
 
+@pytest.mark.slow
 def test_the_state_begins_the_same_on_every_mesh():
     first, *others = (jax.device_get(autoencoder_state(make_mesh(**sizes))[1]()) for sizes in MESHES)
     for other in others:

@@ -1,0 +1,121 @@
+"""Files of a workdir, on a disk and in a bucket (which a folder plays here)."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from etils.epath import backend, gpath
+from PIL import Image
+
+from mae_jax.errors import ConfigError
+from mae_jax.files import absolute, make_workdir, path_of, to_path, write, write_json, write_picture
+from mae_jax.training import checkpoint, metrics
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def workdir(request, tmp_path, monkeypatch):
+    """A folder, or what looks like one in a bucket."""
+    if request.param == "disk":
+        return tmp_path / "run"
+
+    class Bucket(backend._OsPathBackend):
+        """Files of "gs://bucket/..." are those below tmp_path."""
+
+    def moved(name):
+        real = getattr(backend._OsPathBackend, name)
+        here = lambda path: str(path).replace("gs://bucket", str(tmp_path))  # noqa: E731
+
+        def call(self, *paths, **options):
+            found = real(self, *[here(p) if "gs://" in str(p) else p for p in paths], **options)
+            return [f.replace(str(tmp_path), "gs://bucket") for f in found] if name == "glob" else found
+
+        return call
+
+    for name in ("open", "exists", "isdir", "listdir", "glob", "makedirs", "mkdir", "remove", "replace", "rename"):
+        setattr(Bucket, name, moved(name))
+    monkeypatch.setattr(gpath.backend_lib, "tf_backend", Bucket())
+    return to_path("gs://bucket/run")
+
+
+def test_a_workdir_is_made_with_its_parents(workdir):
+    make_workdir(workdir / "a/b/c")
+    make_workdir(workdir / "a/b/c")
+    assert (workdir / "a/b/c").is_dir()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 5000])
+def test_a_workdir_that_cannot_be_is_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError) as error:
+        make_workdir(tmp_path / place)
+    (line,) = error.value.problems
+    assert f"--workdir={tmp_path / place}" in line
+
+
+def test_a_workdir_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="not writable"):
+        make_workdir(tmp_path)
+
+
+def test_a_file_is_there_whole_and_alone(workdir):
+    write_json(workdir / "deep" / "a.json", {"a": [1, 2]})
+    write_json(workdir / "deep" / "a.json", {"a": 3})
+    assert json.loads((workdir / "deep" / "a.json").read_text()) == {"a": 3}
+    assert [path.name for path in (workdir / "deep").iterdir()] == ["a.json"]
+
+
+def test_a_picture_is_a_png_file(workdir):
+    picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    write_picture(workdir / "a.png", picture)
+    with (workdir / "a.png").open("rb") as file:
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), picture)
+
+
+def test_one_host_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    write(tmp_path / "a", b"")
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(1, {"a": 1.0})
+    writer.picture(1, "pictures", np.zeros((2, 2, 3), np.uint8))
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_go_on_where_they_were(workdir, monkeypatch):
+    class Nowhere:
+        write_scalars = write_images = close = lambda *args: None
+
+    writers = SimpleNamespace(SummaryWriter=lambda path: None, AsyncWriter=lambda writer: Nowhere())
+    monkeypatch.setattr(metrics, "metric_writers", writers)
+    for resumed in (0, 2):
+        writer = metrics.Writer(workdir, resumed)
+        for step in range(resumed + 1, resumed + 4):
+            writer.scalars(step, {"loss": 1 / step})
+        writer.close()
+    assert [line["step"] for line in metrics.read(workdir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_checkpoints_are_found(workdir):
+    for step in (3, 12, 7):
+        for item in ("state", "config"):
+            (workdir / "checkpoints" / str(step) / item).mkdir(parents=True)
+    assert sorted(checkpoint.steps_in(workdir / "checkpoints")) == [3, 7, 12]
+    assert checkpoint.locate(str(workdir)) == workdir / "checkpoints" / "12"
+    assert str(absolute(workdir)) == str(workdir)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"), [("~/a", Path.home() / "a"), ("a/../b", Path("a/../b")), ("gs://a/b", "gs://a/b")]
+)
+def test_what_a_flag_names(text, path):
+    assert str(path_of("workdir", text)) == str(path)
+
+
+@pytest.mark.parametrize(("text", "told"), [("~nobody_here/a", "no such user"), ("s3://a/b", "only gs://")])
+def test_what_a_flag_cannot_name(text, told):
+    with pytest.raises(ConfigError, match=told):
+        path_of("workdir", text)
