@@ -544,7 +544,7 @@ def bad_commands(recipe, count):
         yield [f"--config.{key}={choose.choice(NASTY)}" for key in changed]
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("job", "recipe"), {"pretrain": f"{DIGITS},tiny", "finetune": FROM_NOTHING}.items())
 def test_no_override_ends_in_a_traceback(job, recipe, count, past_the_checks, tmp_path, capsys, monkeypatch):
     """Thrown at random: each is taken, or refused with one line a problem and exit code 2, or 4 for a wrong path."""

@@ -473,12 +473,16 @@ def test_where_nothing_can_be_written_is_one_line(workdir, classifier, tmp_path,
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_it_writes_leaves_nothing(number, code, classifier, tmp_path, monkeypatch, capsys):
     save = checkpoint.ocp.CheckpointManager.save
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 
     def save_disturbed(self, *args, **options):
         signal.raise_signal(number)
         return save(self, *args, **options)
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save_disturbed)
-    assert main(["import", f"--from={classifier[0]}", f"--workdir={tmp_path}/ours", "--heads=2"]) == code
+    try:
+        assert main(["import", f"--from={classifier[0]}", f"--workdir={tmp_path}/ours", "--heads=2"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if "ours" in p.name]
