@@ -51,7 +51,7 @@ class Together:
                 )
             self.processes.append(started)
 
-    def codes(self, timeout=300):
+    def codes(self, timeout=900):
         """Their exit codes, as they all end."""
         deadline = time.monotonic() + timeout
         try:
