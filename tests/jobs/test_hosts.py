@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from mae_jax.__main__ import main
 
@@ -215,8 +216,14 @@ def test_processes_that_differ_are_named(together, tmp_path):
 
 @pytest.mark.slow
 def test_one_that_fails_does_not_keep_the_others(together, tmp_path):
-    wrong = "--config.data.split=nothing"
-    job = together(2, pretrain(tmp_path / "run"), pretrain(tmp_path / "run", wrong), devices=1)
+    with_images, without = tmp_path / "a", tmp_path / "b"
+    without.mkdir()
+    (with_images / "images").mkdir(parents=True)
+    for i in range(40):
+        Image.new("L", (8, 8), 6 * i).save(with_images / "images" / f"{i}.png")
+    images = ("--config.data.source=folder", "--config.data.path=images", "--config.data.split=all[:32]")
+    images += ("--config.data.held_out=all[32:]",)
+    job = together(2, *pretrain(tmp_path / "run", *images), devices=1, cwd=[with_images, without])
     began = time.monotonic()
     codes = job.codes(200)
     assert codes == [6, 2], (codes, job.told(0), job.told(1))
