@@ -44,6 +44,12 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class NumericsError(UserError):
+    """Training does not go on: its loss or gradients are not finite. The same command comes to the same end."""
+
+    exit_code = 5
+
+
 class Lost(UserError):
     """Another process of the job is gone, or this one hangs: the same command, run again, goes on."""
 

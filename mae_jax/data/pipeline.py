@@ -135,6 +135,15 @@ class Dataset:
 
     def shuffled(self, seed: int, start: int, sharding: Sharding | None) -> Iterator[dict]:
         """Batches `start`, `start` + 1, ... of an endless run over the data, each epoch in an order of its own."""
+        return self._batches(range(start, FOREVER), self._shuffle(seed), FOREVER, seed, sharding)
+
+    def indexes(self, seed: int, step: int) -> np.ndarray:
+        """Which images batch `step` of `shuffled` consists of, i64[n]; repeats are told once."""
+        count = self.batch_size // self.repeats
+        return self._shuffle(seed)(step * count + np.arange(count))
+
+    def _shuffle(self, seed: int) -> Callable:
+        """From places in an endless run to indexes, i64[n] both."""
         size = self.examples.size
 
         @functools.lru_cache(maxsize=2)
@@ -146,7 +155,7 @@ class Dataset:
             epoch = place // size
             return np.concatenate([order(e)[place[epoch == e] % size] for e in np.unique(epoch)])
 
-        return self._batches(range(start, FOREVER), index_of, FOREVER, seed, sharding)
+        return index_of
 
     def once(self, sharding: Sharding | None, limit: int | None = None) -> Iterator[dict]:
         """The data in order, once, or only its first `limit` examples; the last batch is padded with weight 0.

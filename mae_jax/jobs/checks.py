@@ -36,6 +36,7 @@ LEAST = {
     "monitor": {"every": 0, "bank": 1, "queries": 1, "k": 1},
     "pictures": {"every": 0, "count": 1},
     "checkpoint": {"every": 0, "keep": 1, "keep_every": 0},
+    "guard": {"patience": 1},
 }
 
 
@@ -275,6 +276,8 @@ def run_problems(config: ConfigDict, devices: Sequence[jax.Device] | None = None
         value = config.optim[key]
         if value < 0 or (key in ("b1", "b2") and value >= 1):
             problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))
+    if config.guard.spike and config.guard.spike <= 1:
+        problems.append(f"config.guard.spike: {config.guard.spike} is not above 1, or 0 (off)")
     if not 0 <= data.randaugment <= 10:
         problems.append(f"config.data.randaugment: {data.randaugment} is not between 0 (off) and 10")
     elif data.randaugment and channels not in (1, 3):

@@ -32,6 +32,7 @@ from mae_jax.model.patches import normalize
 from mae_jax.model.vit import ViT
 from mae_jax.training import optim
 from mae_jax.training.checkpoint import FOLDER, Checkpoints, steps_in
+from mae_jax.training.guard import Guard
 from mae_jax.training.loop import fit, total_steps
 from mae_jax.training.sharding import make_mesh
 
@@ -103,6 +104,7 @@ SCHEMA = {
     "log": fit,
     "eval": classification.evaluation,
     "checkpoint": Checkpoints,
+    "guard": Guard,
     "mesh": make_mesh,
 }
 VALUES = {"seed": int, "dtype": str, "accumulate": int, "init": str, "trainable": str, "ema": float}

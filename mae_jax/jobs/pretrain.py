@@ -35,6 +35,7 @@ from mae_jax.model.vit import ViT
 from mae_jax.training import optim
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.evaluate import weighted_means
+from mae_jax.training.guard import Guard
 from mae_jax.training.loop import Hook, fit, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh, whole
 
@@ -236,6 +237,7 @@ SCHEMA = {
     "monitor": knn.monitor,
     "pictures": pictures,
     "checkpoint": Checkpoints,
+    "guard": Guard,
     "mesh": make_mesh,
 }
 VALUES = {"seed": int, "dtype": str, "accumulate": int}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mae_jax.errors import CheckpointError, ConfigError
 from mae_jax.files import make_workdir, write_json
 from mae_jax.training import hosts, metrics, optim
 from mae_jax.training.checkpoint import Checkpoints, steps_in
+from mae_jax.training.guard import Guard
 from mae_jax.training.loop import Hook, State, all_of, create_state, fit, in_turn, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh, place
 
@@ -124,12 +126,18 @@ class Run:
         stages = [(step, step_of(*pair)) for step, *pair in [(0, draw, loss_fn), *later]]
         train_step = in_turn(stages, first) if later else stages[0][1]
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
-        progress = metrics.Progress(self.writer, self.steps, data.batch_size)
-        examples = (batches or data).shuffled(config.seed, first, batch_sharding(self.mesh))
+        progress, batches = metrics.Progress(self.writer, self.steps, data.batch_size), batches or data
+
+        def go_back(state):
+            earlier = self.checkpoints.latest(abstract)
+            return earlier and earlier.replace(step=state.step)
+
+        guard = Guard(self.workdir, first, partial(batches.indexes, config.seed), go_back, **config.guard)
+        examples = batches.shuffled(config.seed, first, batch_sharding(self.mesh))
         try:
             with hosts.failing_at_once():
                 state = fit(
-                    state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, **config.log
+                    state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, guard, **config.log
                 )
         finally:
             self.checkpoints.close()
@@ -192,7 +200,9 @@ def set_up(
     abstract, new_state = create_state(lambda: init(init_key), tx, mesh, trained, ema)
 
     def step_of(draw, loss_fn):
-        return make_train_step(draw, loss_fn, tx, schedule, train_key, mesh, trained, ema, config.accumulate)
+        return make_train_step(
+            draw, loss_fn, tx, schedule, train_key, mesh, trained, ema, config.accumulate, config.guard.spike
+        )
 
     return step_of, abstract, new_state
 

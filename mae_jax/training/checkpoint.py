@@ -78,6 +78,11 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
         return self._orbax.restore(step, args=ocp.args.Composite(state=args)).state
 
+    def latest(self, abstract):
+        """As `restore`, of what is saved or being saved; None where there is nothing."""
+        self._orbax.wait_until_finished()
+        return None if self.latest_step is None else self.restore(abstract)
+
     def close(self) -> None:
         """Wait until what was saved is on disk."""
         self._orbax.wait_until_finished()

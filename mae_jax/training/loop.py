@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mae_jax.errors import Interrupted
+from mae_jax.training.guard import Guard
 from mae_jax.training.hosts import Signals, Watchdog
 from mae_jax.training.metrics import Progress
 from mae_jax.training.optim import join, split
@@ -21,13 +22,14 @@ from mae_jax.training.sharding import microbatches, state_sharding
 
 @struct.dataclass
 class State:
-    """All that a run carries from step to step. `step` counts the updates made, and so the batches taken."""
+    """All that a run carries from step to step. `step` counts the batches taken."""
 
     step: jax.Array  # i32[]
     params: dict
     opt_state: optax.OptState  # of the trained parameters
     stats: dict  # what a step moves without a gradient: running means of batch norms
     ema: dict  # moving averages of the trained parameters; {} where none are kept
+    norm: jax.Array  # f32[], a moving average of the gradient's norm; 0 before the first step
 
     @property
     def averaged(self) -> dict:
@@ -68,7 +70,7 @@ def create_state(
         params, stats = init()
         inside, _ = split(params, trained)
         averages = jax.tree.map(jnp.copy, inside) if ema else {}  # donated, so no two may be one array
-        return State(jnp.zeros((), jnp.int32), params, tx.init(inside), stats, averages)
+        return State(jnp.zeros((), jnp.int32), params, tx.init(inside), stats, averages, jnp.zeros(()))
 
     shapes = jax.eval_shape(create)
     shardings = state_sharding(shapes, mesh)
@@ -81,6 +83,9 @@ def create_state(
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
+USUAL = 100  # steps over which the gradient's norm is averaged
+
+
 def make_train_step(
     draw: Callable,
     loss_fn: Callable,
@@ -91,8 +96,12 @@ def make_train_step(
     trained: Callable[[str], bool] = all_of,
     ema: float = 0.0,
     accumulate: int = 1,
+    spike: float = 0.0,
 ) -> Callable[[State, dict], tuple[State, dict]]:
     """The jitted update: (state, batch) -> (new state, scalars). The old state's memory is reused.
+
+    Where the loss or the gradient is not finite, the new state is the old one but for its number: no parameter, moment
+    or average is touched, and `skipped` is true among the scalars.
 
     What is random is drawn for the whole batch, and the loss is its mean by weight, so that neither the mesh nor
     `accumulate` changes anything but the order of summation.
@@ -107,6 +116,8 @@ def make_train_step(
       ema: how much of their moving average the trained parameters keep at each step; 0: there is none.
       accumulate: so many parts of the batch are computed one after the other, in the memory of one. Each part begins
         with the statistics before the step, and what they become is averaged over the parts.
+      spike: steps whose gradient is more than so many times as large as usual are skipped too, once there have been
+        some; 0: none of them is.
     """
 
     options = KEEP_BARRIERS if jax.default_backend() == "cpu" else None
@@ -138,10 +149,15 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, inside)
         inside = optax.apply_updates(inside, updates)
         averages = optax.incremental_update(inside, state.ema, 1 - ema) if ema else {}
-        new_state = State(state.step + 1, join(inside, outside), opt_state, stats, averages)
         # of halves, so that the squares are not Adam's: XLA would write down what two places need
         norm = 2 * optax.tree.norm(jax.tree.map(lambda g: 0.5 * g, grads))
-        scalars = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step)}
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if spike:
+            good &= (norm <= spike * state.norm) | (state.step < USUAL)
+        usual = state.norm + (norm - state.norm) / jnp.minimum(state.step + 1, USUAL)
+        new_state = State(state.step + 1, join(inside, outside), opt_state, stats, averages, usual)
+        new_state = jax.tree.map(partial(jnp.where, good), new_state, state).replace(step=new_state.step)
+        scalars = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step), "skipped": ~good}
         return jax.lax.with_sharding_constraint(new_state, state_sharding(new_state, mesh)), scalars
 
     return train_step
@@ -174,6 +190,7 @@ def fit(
     hooks: Sequence[Hook],
     save: Callable[[State, int], None],
     progress: Progress,
+    guard: Guard,
     *,
     every: int = 10,
 ) -> State:
@@ -188,15 +205,19 @@ def fit(
       batches: batch number `state.step`, and those after it.
       save: called with the last state when a signal ends the run early.
       progress: gets the scalars of every `every`-th step.
+      guard: sees the scalars of each step, and may put another state in place of what came of it.
 
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
+      NumericsError: of the guard.
     """
-    first, scalars = int(state.step), None
+    first, unseen = int(state.step), []
     with Signals() as signals, Watchdog() as watchdog:
         for step in range(first, steps + 1):
             due = [hook for period, hook in hooks if step == steps or (period and step % period == 0)]
             if due and (step > first or step == steps):
+                while unseen:
+                    state = guard.look(state, *unseen.pop(0))
                 jax.block_until_ready(state)
                 watchdog.pause()
                 with progress.paused():
@@ -209,13 +230,14 @@ def fit(
                 raise Interrupted(signum, f"stopped at step {step}; the same command goes on from there")
             with progress.waiting():
                 batch = next(batches)
-            before = scalars
             state, scalars = train_step(state, batch)
+            unseen.append((step, scalars))
             if step == first:
                 jax.block_until_ready(scalars)
                 progress.start(step + 1)
-            jax.block_until_ready(before)  # no more than one step ahead, so that a signal need not wait for many
+            while len(unseen) > 1:  # no more than one step ahead, so that a signal need not wait for many
+                state = guard.look(state, *unseen.pop(0))
             watchdog.step()
             if (step + 1) % every == 0 or step + 1 == steps:
-                progress.log(step + 1, jax.device_get(scalars))
+                progress.log(step + 1, jax.device_get(scalars) | {"skipped": guard.skipped})
     return state

@@ -39,7 +39,7 @@ RULES = (
     (r"(patch_embedding|embedding)/kernel", P(None, "fsdp")),
     (r"head/kernel", P("fsdp", None)),
     # what is small is on every device: biases, norms, tokens, positions, statistics, targets, counts
-    (r"bias|scale|cls_token|mask_token|positions|mean|var|components|centroids|step|count", P()),
+    (r"bias|scale|cls_token|mask_token|positions|mean|var|components|centroids|step|count|norm", P()),
 )
 
 

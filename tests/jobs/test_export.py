@@ -450,7 +450,14 @@ def write_random(workdir, config, **settings):
     params, stats = jax.eval_shape(lambda: classification.init(classification.build(config), config, jax.random.key(0)))
     rng = np.random.default_rng(0)
     draw = lambda x: 0.3 * rng.standard_normal(x.shape, np.float32)  # noqa: E731
-    state = State(np.int32(1), opt_state=(), params=jax.tree.map(draw, params), stats=jax.tree.map(draw, stats), ema={})
+    state = State(
+        np.int32(1),
+        opt_state=(),
+        params=jax.tree.map(draw, params),
+        stats=jax.tree.map(draw, stats),
+        ema={},
+        norm=np.float32(0),
+    )
     checkpoints = Checkpoints(workdir, to_json(config))
     checkpoints.save(state, 1)
     checkpoints.close()

@@ -29,7 +29,7 @@ def drawn(shapes, seed, only=""):
 def saved(workdir, config, **parts):
     """A checkpoint of step 1, as training leaves it."""
     checkpoints = Checkpoints(workdir, to_json(config))
-    checkpoints.save(State(jnp.int32(1), opt_state=(), **parts), 1)
+    checkpoints.save(State(jnp.int32(1), opt_state=(), norm=jnp.float32(0), **parts), 1)
     checkpoints.close()
     return parts["params"]
 

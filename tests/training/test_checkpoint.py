@@ -32,7 +32,7 @@ def make_state(seed=0, step=0):
     opt_state = optax.adamw(1e-3).init(jax.tree.map(jnp.asarray, params))
     opt_state = jax.tree.map(lambda x: bits(x.shape) if x.dtype == jnp.float32 else x, opt_state)
     ema = {"encoder": {"block_0": {"scale": bits((8,))}}}  # of what is trained, a part
-    return State(step=np.int32(step), params=params, opt_state=opt_state, stats=stats, ema=ema)
+    return State(step=np.int32(step), params=params, opt_state=opt_state, stats=stats, ema=ema, norm=np.float32(0))
 
 
 def place(state, mesh, split):
@@ -237,7 +237,7 @@ def test_a_checkpoint_tells_what_it_holds(tmp_path):
     saved(tmp_path, 4)
     names = checkpoint.names_in(tmp_path)
     assert {name for name in names if not name.startswith("opt_state/")} == {
-        *("step", "params/encoder/kernel", "params/encoder/bias", "params/encoder/block_0/scale"),
+        *("step", "norm", "params/encoder/kernel", "params/encoder/bias", "params/encoder/block_0/scale"),
         *("params/decoder/mask_token", "stats/batch_stats/norm/mean", "stats/batch_stats/norm/var"),
         "ema/encoder/block_0/scale",
     }

@@ -1,0 +1,165 @@
+"""Steps that are not finite, or far too large: what they leave alone, who is told, and how a run ends."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.__main__ import main
+from mae_jax.data.pipeline import Dataset
+from mae_jax.errors import NumericsError
+from mae_jax.jobs import pretrain
+from mae_jax.training import metrics, optim
+from mae_jax.training.guard import Guard
+from mae_jax.training.loop import USUAL, create_state, make_train_step
+from mae_jax.training.sharding import make_mesh
+
+GOOD = {"skipped": False, "loss": 1.0, "grad_norm": 1.0}
+BAD = {"skipped": True, "loss": float("nan"), "grad_norm": float("inf")}
+DATA = ("--config.data.split=train[:80]", "--config.data.held_out=test[:20]")
+
+
+def run_of(spike=0.0, ema=0.9, accumulate=1, devices=1):
+    """The first state of a small regression with all that a state can have, and its step."""
+    mesh = make_mesh(data=devices)
+    tx, schedule = optim.make(256, 500, 50, base_learning_rate=0.05, warmup_epochs=0.0, weight_decay=0.1)
+
+    def init():
+        return {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}, {"count": jnp.zeros(())}
+
+    def loss_fn(params, stats, batch):
+        error = batch["x"] @ params["head"]["kernel"] + params["head"]["bias"][None]
+        return jnp.mean(jnp.square(error), axis=1), {"count": stats["count"] + 1}
+
+    _, new_state = create_state(init, tx, mesh, ema=ema)
+    draw = lambda batch, key: batch  # noqa: E731
+    args = (draw, loss_fn, tx, schedule, jax.random.key(0), mesh)
+    return new_state(), make_train_step(*args, ema=ema, accumulate=accumulate, spike=spike)
+
+
+def batch(scale=1.0):
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    x[5, 1] *= scale
+    return {"x": x, "weight": np.ones(16, np.float32)}
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
+@pytest.mark.parametrize(("accumulate", "devices"), [(1, 1), (1, 8), (2, 1)])
+def test_a_step_that_is_not_finite_touches_nothing(poison, accumulate, devices):
+    state, step = run_of(accumulate=accumulate, devices=devices)
+    state, scalars = step(state, batch())
+    assert not scalars["skipped"]
+    before = jax.device_get(state)
+    state, scalars = step(state, batch(poison))
+    assert scalars["skipped"]
+    after = jax.device_get(state)
+    assert after.step == before.step + 1
+    for got, want in zip(jax.tree.leaves(after.replace(step=0)), jax.tree.leaves(before.replace(step=0)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    state, scalars = step(state, batch())  # and goes on
+    assert not scalars["skipped"] and np.isfinite(scalars["loss"])
+    assert not np.array_equal(state.params["head"]["kernel"], before.params["head"]["kernel"])
+
+
+def test_a_spike_is_skipped_where_that_is_asked_for():
+    for spike, skipped in ((0.0, False), (10.0, True)):
+        state, step = run_of(spike=spike)
+        early, scalars = step(state, batch(1000.0))
+        assert not scalars["skipped"], "nothing is known yet of what is usual"
+        state = early.replace(step=jnp.full_like(early.step, USUAL), norm=jnp.ones_like(early.norm))
+        assert bool(step(state, batch(1000.0))[1]["skipped"]) == skipped
+
+
+def guarded(tmp_path, back="earlier", first=0, **options):
+    return Guard(tmp_path, first, lambda step: [step, step + 1], lambda state: back, **options)
+
+
+def test_what_is_skipped_is_counted_and_written_down(tmp_path, capsys):
+    guard = guarded(tmp_path, patience=2)
+    assert guard.look("now", 0, GOOD) == "now" and guard.skipped == 0
+    assert not guard.path.exists()
+    assert guard.look("now", 1, BAD) == "now"
+    assert guard.look("now", 2, GOOD) == "now"
+    assert guard.look("now", 3, BAD) == "now", "not in a row"
+    assert guard.skipped == 2
+    assert metrics.read(guard.path)[1] == {"step": 3, "loss": "nan", "grad_norm": "inf", "images": [3, 4]}
+    assert "step 3: loss nan, grad_norm inf: skipped" in capsys.readouterr().out
+    assert guarded(tmp_path, first=3).skipped == 1, "a run that goes on from step 3 has not seen step 3"
+    assert [line["step"] for line in metrics.read(guard.path)] == [1]
+
+
+def test_going_back_once_and_giving_up(tmp_path):
+    guard = guarded(tmp_path, patience=2)
+    assert [guard.look("now", step, BAD) for step in range(3)] == ["now", "earlier", "now"]
+    with pytest.raises(NumericsError, match=r"2 steps in a row .* up to step 3, again; lower config.optim"):
+        guard.look("now", 3, BAD)
+
+
+def test_there_is_nothing_to_go_back_to(tmp_path):
+    guard = guarded(tmp_path, back=None, patience=1)
+    with pytest.raises(NumericsError, match="no checkpoint to go back to"):
+        guard.look("now", 0, BAD)
+
+
+def test_indexes_are_those_of_the_batch():
+    data = Dataset(source="digits", split="train", image_size=(8, 8), channels=1, batch_size=32, repeats=2)
+    examples = data.shuffled(3, 60, None)
+    for step in range(60, 63):  # over the end of an epoch
+        images, _ = data.examples.read(data.indexes(3, step))
+        np.testing.assert_array_equal(next(examples)["image"], images.repeat(2, axis=0))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A function that has pre-training of digits meet NaN at some steps: the images there are not numbers."""
+    make_loss = pretrain.make_loss
+
+    def poison(*steps):
+        def poisoned_loss(model, target, config):
+            loss_fn = make_loss(model, target, config)
+
+            def poisoned(params, stats, examples):
+                values, stats = loss_fn(params, stats, examples)
+                wrong = jnp.isin(examples["number"], jnp.array(steps))
+                return jnp.where(wrong, jnp.nan, values), stats
+
+            return poisoned
+
+        shuffled = Dataset.shuffled
+
+        def numbered(self, seed, start, sharding):
+            for number, found in enumerate(shuffled(self, seed, start, sharding), start):
+                yield found | {"number": jax.device_put(np.full(self.batch_size, number), sharding)}
+
+        monkeypatch.setattr(pretrain, "make_loss", poisoned_loss)
+        monkeypatch.setattr(Dataset, "shuffled", numbered)
+
+    return poison
+
+
+def training(workdir, *arguments):
+    job = ("pretrain", "--config=configs/pretrain.py:digits,tiny", f"--workdir={workdir}", *DATA)
+    job += ("--config.train.steps=12", "--config.checkpoint.every=4", "--config.encoder.depth=1")
+    return main([*job, "--config.monitor.every=0", "--config.guard.patience=3", *arguments])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_goes_back_past_bad_data_once(poisoned, tmp_path, capsys, refused):
+    """Three bad steps in a row: back to the checkpoint of step 4. Three more: exit code 5, and nothing is lost."""
+    poisoned(5, 6, 7)
+    assert training(tmp_path / "once") == 0
+    assert "going on from the newest checkpoint, after these images" in capsys.readouterr().out
+    skipped = metrics.read(tmp_path / "once" / "skipped.jsonl")
+    assert [line["step"] for line in skipped] == [5, 6, 7]
+    assert len(skipped[0]["images"]) == 8
+    lines = [line for line in metrics.read(tmp_path / "once" / "metrics.jsonl") if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["train/skipped"] == 3 and np.isfinite(lines[-1]["train/loss"])
+    summary = json.loads((tmp_path / "once" / "summary.json").read_text())
+    assert summary["steps"] == 12
+
+    poisoned(5, 6, 7, 8, 9, 10)
+    refused(capsys, training(tmp_path / "twice"), 5, "3 steps in a row", "again; lower config.optim")
+    assert (tmp_path / "twice" / "checkpoints" / "4").is_dir()
