@@ -41,9 +41,10 @@ def digits() -> ConfigDict:
 
 
 def fashion_mnist() -> ConfigDict:
-    """Three epochs of a narrow model; k-NN and probe have 10,000 training images, fine-tuning 10 labels a class."""
+    """Three epochs of a small model; k-NN and probe have 10,000 training images, fine-tuning 10 labels a class."""
     config = ConfigDict({"seeds": (0, 1, 2)})
-    short = QUIET | {"encoder": {"width": 128, "heads": 4}, "train": {"epochs": 3.0}, "checkpoint": {"every": 0}}
+    small = {"encoder": {"width": 96, "depth": 4, "heads": 3}, "decoder": {"depth": 1}}
+    short = QUIET | small | {"train": {"epochs": 3.0}, "checkpoint": {"every": 0}}
     some = {"set": {"data": {"per_class": 1000}}, "init": "pretrain"}
     config.jobs = (
         {"name": "pretrain", "config": "configs/pretrain.py:fashion_mnist", "set": short, "shows": SPEED},

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 PUBLISHED = {128: (84.9, 69.1), 256: (84.8, 71.3), 512: (84.9, 73.5), 768: (84.4, 73.1), 1024: (84.3, 73.1)}
 SMALLER = {"digits": 16, "fashion_mnist": 8}  # times smaller, as are their encoders
-OWN = {"digits": 64, "fashion_mnist": 64}  # of the recipes
+OWN = {"digits": 64, "fashion_mnist": 64}  # of the chains
 
 
 def get_config(chain: str = "digits") -> ConfigDict:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from mae_jax.errors import ConfigError
 
 SIZES = {"digits": (1, 2, 4), "fashion_mnist": (2, 4, 7), "vit_l16": (14, 16, 28, 32)}
-OWN = {"digits": 2, "fashion_mnist": 4, "vit_l16": 16}  # of the recipes
+OWN = {"digits": 2, "fashion_mnist": 4, "vit_l16": 16}  # of the chains
 
 
 def get_config(chain: str = "digits") -> ConfigDict:
