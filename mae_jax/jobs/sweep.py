@@ -12,8 +12,8 @@ one setting and one seed. What is finished is kept: the same command again runs 
     sweep.md, COLUMN.png           means over seeds, and their spread, beside the numbers of the paper
 
     --parallel=N           so many trials at a time, on this machine or on a cluster; 1 if not given
-    --slurm=KEY=VALUE,...  as an array of Slurm jobs, as in --slurm=partition=gpu,gpus_per_node=1,timeout_min=600; with
-                           nodes=2,tasks_per_node=8, each trial on several hosts. Does not wait for them
+    --slurm=KEY=VALUE,...  as an array of Slurm jobs, as in --slurm=partition=gpu,gpus_per_node=8,timeout_min=600: each
+                           trial is one process, with all devices that it finds. Does not wait for them
     --dry-run              list the trials, with parameters, FLOPs and a guess of the time, and run nothing
     --collect              make the table and the plots from what is there, and run nothing
     --seeds=0,1,2          seeds, in place of those of the chain
@@ -162,4 +162,4 @@ def submit(left: Sequence[Trial], workdir: Path, parallel: int, parameters: dict
 
 
 # of --slurm, what submitit calls the same on any cluster; all else it hands to Slurm
-AUTO = ("timeout_min", "mem_gb", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node")
+AUTO = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")

@@ -76,8 +76,15 @@ class Link:
             done = json.loads((self.folder / DONE).read_text())
         except (OSError, ValueError):
             return None
-        if {key: done.get(key) for key in self.identity} != self.identity:
-            raise ConfigError(f"--workdir: {self.folder} was run with other settings; name another, or remove it")
+        before, now = (configs.flatten({"settings": {}, **x}) for x in (done, self.identity))
+        now["seconds"] = before.get("seconds")
+        if changed := [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
+            told = ", ".join(
+                f"{key.removeprefix('settings.')} {before.get(key)}, now {now.get(key)}" for key in changed
+            )
+            raise ConfigError(
+                f"--workdir: {self.folder} was run with other settings ({told}); name another, or remove it"
+            )
         return done
 
     def run(self) -> None:
