@@ -33,7 +33,7 @@ import submitit
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
-from mae_jax.errors import ConfigError, UserError, nearest
+from mae_jax.errors import ConfigError, Interrupted, UserError, nearest
 from mae_jax.files import in_bucket, make_workdir, path_of
 from mae_jax.jobs import forecast, tables, trials
 from mae_jax.jobs.trials import LOG, Trial
@@ -133,6 +133,8 @@ def run_here(left: Sequence[Trial], workdir: Path, parallel: int) -> None:
                 number = total - len(waiting) - len(running)
                 told = "done" if trial.done else f"failed; see {trial.folder / LOG}"
                 print(f"{number} of {total}  {trial.label}, seed {trial.seed}: {told}", flush=True)
+    except Interrupted as stop:
+        raise Interrupted(stop.exit_code - 128, "interrupted; the same command goes on from there") from stop
     finally:
         for job in running.values():  # stopped in between: each saves where it is
             os.kill(int(job.job_id), signal.SIGTERM)
