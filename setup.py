@@ -23,6 +23,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",  # checkpoints
         "ml-collections>=1.1",  # configs and their overrides on the command line
         "clu>=0.0.12",  # TensorBoard writers, the parameter table
+        "submitit>=1.5,<2",  # the trials of a sweep, here or on a cluster
         "etils>=1.10",  # lazy imports of what takes seconds
         "absl-py>=2.1",  # flags, which ml-collections builds on
         f"tensorflow-cpu>=2.21; {LINUX_X86}",  # tf.data; JAX alone uses the accelerator

@@ -1,7 +1,8 @@
 """The command line: `mae-jax JOB --config=PATH[:NAME] --workdir=DIR [--config.GROUP.KEY=VALUE ...]`.
 
-Jobs that have no config, import and export, have flags of their own. The others run on several hosts as well, with the
-same command on each; --coordinator=HOST:PORT --processes=N --process=I tell what Slurm and TPU VMs tell by themselves.
+Jobs that have no config, such as sweep, import and export, have flags of their own. The others run on several hosts as
+well, with the same command on each; --coordinator=HOST:PORT --processes=N --process=I tell what Slurm and TPU VMs tell
+by themselves.
 """
 
 from __future__ import annotations
@@ -65,18 +66,24 @@ def _run(argv: list[str]) -> int:
         return 0
     required = job.REQUIRED if own else ["config"] + ["workdir"] * job.WRITES_WORKDIR
     known = own or ("config", "workdir", *also, *OF_SEVERAL_HOSTS * job.WRITES_WORKDIR)
+    switches = [f"--{switch}" for switch in getattr(job, "SWITCHES", ())]
+    given = {argument.removeprefix("--"): "yes" for argument in arguments if argument in switches}
+    arguments = [argument for argument in arguments if argument not in switches]
     flags, rest = _flags(arguments, known, required, usage)
     if own:
         if rest:
             raise ConfigError(
-                [f"{flag}: no such flag{nearest(flag.partition('=')[0], [f'--{f}' for f in own])}" for flag in rest]
+                [
+                    f"{flag}: no such flag{nearest(flag.partition('=')[0], [*(f'--{f}' for f in own), *switches])}"
+                    for flag in rest
+                ]
             )
         from mae_jax.model import native
 
         native.return_freed_memory()
         before = signal.signal(signal.SIGTERM, _stop)
         try:
-            job.run(flags)
+            job.run(flags | given)
         finally:
             signal.signal(signal.SIGTERM, before)
         return 0

@@ -1,11 +1,12 @@
 """The only code that reads a config. A command is a file here with `run(config, workdir)` and a docstring as its help.
 
-Commands that have no config, import and export, have `FLAGS` and `run(flags)`.
+Commands that have no config, sweep, import and export, have `FLAGS` and `run(flags)`.
 
 Beside the commands: `runs`, what all training has in common; `classification`, what jobs with a classifier have;
 `checks`, what can be wrong with a config; `models`, from a config or a path to a model; `features`, of images;
 `planned`, a config compiled for machines that are not there, and `remedies`, what would serve them better;
-`foreign`, models made elsewhere; `panels`, pictures of reconstructions; `plots`, curves and confusion matrices.
+`trials`, the chains of a sweep, `forecast`, what they cost, and `tables`, what comes out of them; `foreign`, models
+made elsewhere; `panels`, pictures of reconstructions; `plots`, curves and confusion matrices.
 """
 
 # name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it (or NAME_, where Python has the word)
@@ -18,6 +19,7 @@ JOBS = {
     "knn": "classify by nearest neighbours among an encoder's features",
     "evaluate": "evaluate a probed or fine-tuned model on any split or data set",
     "reconstruct": "picture what a trained autoencoder makes of images, at any mask ratio",
+    "sweep": "run a chain of jobs with one setting after another, and make a table of what comes out",
     "import": "read a model of Hugging Face's, of the original code or of timm",
     "export": "write a model for Hugging Face, timm and others, or to run without this project",
 }

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mae_jax.jobs import models, pretrain, runs
 from mae_jax.model import native
 from mae_jax.model.flops import training_flops
+from mae_jax.model.mae import MAE
 from mae_jax.training import program
 from mae_jax.training.hardware import Hardware
 from mae_jax.training.loop import KEEP_BARRIERS, State, total_steps
@@ -22,6 +23,7 @@ from mae_jax.training.sharding import batch_sharding, make_mesh
 
 # The compiler for CPUs would turn bfloat16 into float32 before it is sent or stored; those for GPUs and TPUs do not.
 KEEP_BFLOAT16 = {key: f"{passes},float-normalization-bf16" for key, passes in KEEP_BARRIERS.items()}
+QUICKLY = KEEP_BFLOAT16 | {"xla_backend_optimization_level": 0}  # where nothing is to be run
 STEPS_PER_EPOCH = 1000  # where the data is not known: the warm-up depends on it, and the program does not
 
 
@@ -122,9 +124,7 @@ def make(config: ConfigDict, hardware: Hardware, devices: Sequence[jax.Device], 
         len(devices),
         dict(mesh.shape),
         {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in state.params.items()},
-        training_flops(
-            model, config.data.image_size, config.data.channels, config.mask.ratio, config.loss.patches == "all"
-        ),
+        needed(model, config),
         done.flops * mesh.size / config.data.batch_size,
         memory_of(
             compiled, state, batch, at_once * kept_of_image(config, state.params, *parts) // mesh.shape["tensor"]
@@ -152,6 +152,25 @@ def abstract_batch(config: ConfigDict, size: int, sharding: jax.sharding.Shardin
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding),
         "weight": jax.ShapeDtypeStruct((size,), jnp.float32, sharding=sharding),
     }
+
+
+def flops(config: ConfigDict) -> tuple[int, float]:
+    """FLOPs of one image in a training step: as `model.flops` counts them, and all matrix products of the program.
+
+    It is compiled for one CPU, which any machine has, and for a batch of two.
+    """
+    config = ConfigDict({**config, "data": {**config.data, "batch_size": 2, "repeats": 1}, "accumulate": 1})
+    mesh, (model, target) = make_mesh(jax.devices("cpu")[:1]), models.build(config)
+    parts = pretrain.make_draw(model, config), pretrain.make_loss(model, target, config)
+    lowered, _, _ = lower(config, mesh, STEPS_PER_EPOCH, STEPS_PER_EPOCH, pretrain.make_init(model, config), *parts)
+    done = program.read(lowered.compile(compiler_options=QUICKLY).as_text(), 1)
+    return needed(model, config), done.flops / 2
+
+
+def needed(model: MAE, config: ConfigDict) -> int:
+    """FLOPs of one image in a training step, as `model.flops` counts them."""
+    data = config.data
+    return training_flops(model, data.image_size, data.channels, config.mask.ratio, config.loss.patches == "all")
 
 
 def memory_of(compiled: jax.stages.Compiled, state, batch, kept: int) -> Memory:

@@ -60,6 +60,45 @@ def confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
     _write(path, figure)
 
 
+def sweep(
+    path: Path,
+    title: str,
+    axis: str,
+    what: str,
+    labels: Sequence[str],
+    at: Sequence[float | None],
+    ours: Sequence[np.ndarray],
+    theirs: Sequence[float | None],
+) -> None:
+    """What the settings of a sweep have shown: means over seeds with their standard deviations, and what is published.
+
+    Published numbers are of other data and models; they have an axis of their own, on the right.
+
+    Args:
+      at: where each setting stands; with any None, all stand side by side.
+      ours: the values of each setting's seeds.
+      theirs: the published value of each; None: there is none.
+    """
+    figure = figures.Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    ordered = all(x is not None for x in at)
+    x = np.array(at if ordered else range(len(labels)), float)
+    means = np.array([np.mean(values) if len(values) else np.nan for values in ours])
+    spreads = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in ours])
+    axes.errorbar(x, means, spreads, fmt="o-" if ordered else "o", capsize=3, label="here")
+    there = [i for i, value in enumerate(theirs) if value is not None]
+    if there:
+        right = axes.twinx()
+        right.plot(x[there], [theirs[i] for i in there], "s--" if ordered else "s", color="tab:gray", label="paper")
+        right.set_ylabel("paper (ViT-L/16, ImageNet-1k)", color="tab:gray")
+        axes.plot([], [], "s--" if ordered else "s", color="tab:gray", label="paper, on the right")
+        axes.legend(fontsize=8)
+    axes.set_xticks(x, labels, rotation=0 if ordered or max(map(len, labels)) < 8 else 20, parse_math=False)
+    axes.set(xlabel=axis, ylabel=what, title=title)
+    axes.grid(alpha=0.3)
+    _write(path, figure)
+
+
 def _write(path: Path, figure) -> None:
     data = io.BytesIO()
     figure.savefig(data, dpi=100)
