@@ -57,10 +57,12 @@ def paper() -> ConfigDict:
         "scale": (0.2, 1.0),
         "ratio": (3 / 4, 4 / 3),
         "flip": True,
+        "jitter": 0.0,
         "repeats": 1,
         "cache": "",
     }
     config.pixels = IMAGENET
+    config.noise = {"std": 0.0}  # of what the encoder sees; the target is without
     config.mask = {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0}
     config.mask_schedule = {"start": placeholder(float), "stages": 4}  # start: another ratio to begin with
     config.target = {"name": "normalized_pixels", "size": placeholder(int)}  # or pca, tokens of a size, hog, pixels

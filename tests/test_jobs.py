@@ -726,7 +726,7 @@ def test_a_normalized_target_is_drawn_with_mean_and_deviation_of_the_true_patch(
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     mask = masking.sample(jax.random.key(0), 2, (4, 4))
 
-    drawn, loss = panels.make_panels(model, target, config)(params, images, mask)
+    drawn, loss = panels.make_panels(model, target, config)(params, images, mask, standard(images, config))
     x = patches_of(standard(images, config), 8)
     means = np.broadcast_to(x.mean(axis=-1, keepdims=True), x.shape).reshape(2, 4, 4, 8, 8, 3)
     means = means.transpose(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 3)
