@@ -439,7 +439,24 @@ def test_a_config_that_cannot_be_read_is_one_line(trained, tmp_path, capsys):
     assert "config.json: not readable" in capsys.readouterr().err
     (workdir / "checkpoints" / str(STEPS) / "config" / "config.json").write_text("")
     assert reconstruction(workdir, tmp_path / "out") == 4
-    assert "config.json: not readable" in capsys.readouterr().err
+    assert "50: damaged: config/config.json has 0 bytes, not " in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_gone_back_over_to_the_same_result(trained, tmp_path, capsys):
+    workdir = copy_of(trained, tmp_path)
+    (workdir / "summary.json").unlink()
+    file = max((workdir / "checkpoints" / str(STEPS)).glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[::-1])
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert pretraining(workdir, *SHORT) == 0
+    out = capsys.readouterr().out
+    assert f"moved to {workdir}/checkpoints/damaged/{STEPS}" in out and f"resuming from step {EVERY} of {STEPS}" in out
+    assert_same_run(workdir, trained)
+    assert main(["verify", f"--workdir={workdir}"]) == 0
+    for folder in (workdir / "checkpoints").glob("[0-9]*"):
+        (folder / "state" / "_METADATA").unlink()
+    assert pretraining(workdir, *SHORT) == 4
+    assert "no checkpoint is left but damaged ones" in capsys.readouterr().err
 
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, monkeypatch, capsys):
