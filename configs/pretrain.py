@@ -83,7 +83,7 @@ def paper() -> ConfigDict:
     config.eval = {"every": 3120, "images": 10_000}
     config.monitor = {"every": 31_200, "bank": 50_000, "queries": 10_000, "k": 20, "pool": "mean"}
     config.pictures = {"every": 3120, "count": 8}
-    config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200}  # 312 steps an epoch
+    config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200, "minutes": 0.0}  # 312 steps an epoch
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config
 
@@ -118,7 +118,7 @@ def folder() -> ConfigDict:
     config.eval = {"every": 500, "images": 1000}
     config.monitor = {"every": 2000, "bank": 5000, "queries": 1000, "k": 20, "pool": "mean"}
     config.pictures.every = 500
-    config.checkpoint = {"every": 500, "keep": 3, "keep_every": 0}
+    config.checkpoint = {"every": 500, "keep": 3, "keep_every": 0, "minutes": 0.0}
     return config
 
 
@@ -134,7 +134,7 @@ def cifar10() -> ConfigDict:
     config.eval = {"every": 480, "images": placeholder(int)}
     config.monitor = {"every": 960, "bank": 10_000, "queries": 2000, "k": 20, "pool": "mean"}
     config.pictures.every = 480
-    config.checkpoint = {"every": 480, "keep": 3, "keep_every": 0}
+    config.checkpoint = {"every": 480, "keep": 3, "keep_every": 0, "minutes": 0.0}
     return config
 
 
@@ -161,7 +161,7 @@ def fashion_mnist() -> ConfigDict:
     config.eval = {"every": 468, "images": placeholder(int)}
     config.monitor = {"every": 468, "bank": 5000, "queries": 1000, "k": 20, "pool": "mean"}
     config.pictures.every = 468
-    config.checkpoint = {"every": 468, "keep": 2, "keep_every": 0}
+    config.checkpoint = {"every": 468, "keep": 2, "keep_every": 0, "minutes": 0.0}
     return config
 
 
@@ -184,7 +184,7 @@ def digits() -> ConfigDict:
     config.eval = {"every": 300, "images": placeholder(int)}
     config.monitor = {"every": 300, "bank": 1438, "queries": 359, "k": 20, "pool": "mean"}
     config.pictures.every = 300
-    config.checkpoint = {"every": 300, "keep": 2, "keep_every": 0}
+    config.checkpoint = {"every": 300, "keep": 2, "keep_every": 0, "minutes": 0.0}
     return config
 
 

@@ -459,6 +459,13 @@ def test_a_damaged_checkpoint_is_gone_back_over_to_the_same_result(trained, tmp_
     assert "no checkpoint is left but damaged ones" in capsys.readouterr().err
 
 
+def test_time_saves_besides_steps(tmp_path):
+    less = [f"--config.{group}.every=0" for group in ("eval", "monitor", "pictures", "checkpoint")]
+    keep = ("--config.checkpoint.keep=9", "--config.checkpoint.minutes=1e-9", "--config.log.every=4")
+    assert pretraining(tmp_path, "--config.train.steps=10", *less, *keep) == 0
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "10"}
+
+
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, monkeypatch, capsys):
     workdir, summarize = copy_of(trained, tmp_path), Run._summarize
 

@@ -186,6 +186,7 @@ MISTAKES = {
     "unknown pooling of the monitor": (f"{DIGITS} --config.monitor.pool=man", ["config.monitor.pool", "mean?"]),
     "no pictures": (f"{DIGITS} --config.pictures.count=0", ["config.pictures.count", "0"]),
     "no checkpoints": (f"{DIGITS} --config.checkpoint.keep=0", ["config.checkpoint.keep", "0"]),
+    "negative minutes": (f"{DIGITS} --config.checkpoint.minutes=-1", ["config.checkpoint.minutes", "-1"]),
     "negative keep_every": (f"{DIGITS} --config.checkpoint.keep_every=-1", ["config.checkpoint.keep_every", "-1"]),
     "mesh of 0": (f"{DIGITS} --config.mesh.data=0", ["config.mesh.data", "0", "8 device"]),
     "mesh of 9": (f"{DIGITS} --config.mesh.data=9", ["config.mesh.data", "9", "8 device"]),

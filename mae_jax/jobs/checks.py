@@ -35,7 +35,7 @@ LEAST = {
     "eval": {"every": 0, "images": 1},
     "monitor": {"every": 0, "bank": 1, "queries": 1, "k": 1},
     "pictures": {"every": 0, "count": 1},
-    "checkpoint": {"every": 0, "keep": 1, "keep_every": 0},
+    "checkpoint": {"every": 0, "keep": 1, "keep_every": 0, "minutes": 0},
 }
 
 

@@ -124,6 +124,8 @@ class Run:
         stages = [(step, step_of(*pair)) for step, *pair in [(0, draw, loss_fn), *later]]
         train_step = in_turn(stages, first) if later else stages[0][1]
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
+        if self.checkpoints.minutes:
+            hooks.append((config.log.every, self.checkpoints.save_if_time))
         progress = metrics.Progress(self.writer, self.steps, data.batch_size)
         examples = (batches or data).shuffled(config.seed, first, batch_sharding(self.mesh))
         try:

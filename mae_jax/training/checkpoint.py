@@ -15,6 +15,7 @@ import contextlib
 import json
 import re
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -55,13 +56,25 @@ class Checkpoints:
       every: steps between checkpoints; 0: only at the end. Read by the job.
       keep: how many of the latest to keep.
       keep_every: keep for good each that is at a multiple of this many steps; 0: none.
+      minutes: save as well where so many have passed since the last save, which is looked at where metrics are logged;
+        0: not by time.
 
     Raises:
       CheckpointError: there were checkpoints, but all are damaged; or the newest is of a newer format.
     """
 
-    def __init__(self, workdir: Path, config: dict, *, every: int = 0, keep: int = 3, keep_every: int = 0):
-        self.config, self.every = config, every
+    def __init__(
+        self,
+        workdir: Path,
+        config: dict,
+        *,
+        every: int = 0,
+        keep: int = 3,
+        keep_every: int = 0,
+        minutes: float = 0.0,
+    ):
+        self.config, self.every, self.minutes = config, every, minutes
+        self._saved = time.monotonic()
         told, problems = hosts.of_first(lambda: _set_damaged_aside(workdir / FOLDER))
         for line in told:
             print(line, flush=True)
@@ -86,6 +99,12 @@ class Checkpoints:
         if step and step not in self._orbax.all_steps():
             args = _contents(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
             self._orbax.save(step, args=args, force=True)
+            self._saved = time.monotonic()
+
+    def save_if_time(self, state, step: int) -> None:
+        """The same where `minutes` have passed since the last save: by the clock of process 0, for all of them."""
+        if hosts.of_first(lambda: time.monotonic() - self._saved >= 60 * self.minutes):
+            self.save(state, step)
 
     def restore(self, abstract):
         """The newest state, laid out as `abstract` (ShapeDtypeStructs with shardings) says.
@@ -106,7 +125,7 @@ class Checkpoints:
         except Exception as error:
             if integrity.is_sealed(where):  # and so as it was written
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0][:200]  # TensorStore tells a page
             raise CheckpointError(f"{where}: not readable ({reason}); move it away to go on from another") from error
 
     def close(self) -> None:
