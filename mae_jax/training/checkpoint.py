@@ -75,6 +75,7 @@ class Checkpoints:
     ):
         self.config, self.every, self.minutes = config, every, minutes
         self._saved = time.monotonic()
+        hosts.meet("all have looked at the checkpoints, of which some may be moved now")
         told, problems = hosts.of_first(lambda: _set_damaged_aside(workdir / FOLDER))
         for line in told:
             print(line, flush=True)

@@ -6,7 +6,8 @@ They are sums of files and not of arrays, as files are the same whatever mesh an
 can be damaged too, and nothing has to be restored, on devices that may not be there, to be told damaged. The first
 process writes them, from what is on the disk, when all processes have written their part and before Orbax renames the
 folder to STEP (in a bucket: marks it as finished). So there is no committed checkpoint without them, whenever a run is
-killed, but those of earlier versions, which cannot be verified.
+killed, but those of earlier versions, which cannot be verified. It happens in the background, and takes 0.25 to 0.45 s
+for 300 MB (measured on two busy CPU cores).
 """
 
 from __future__ import annotations
