@@ -57,10 +57,12 @@ def paper() -> ConfigDict:
         "scale": (0.2, 1.0),
         "ratio": (3 / 4, 4 / 3),
         "flip": True,
+        "jitter": 0.0,
         "repeats": 1,
         "cache": "",
     }
     config.pixels = IMAGENET
+    config.noise = {"std": 0.0}  # of what the encoder sees; the target is without
     config.mask = {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0}
     config.mask_schedule = {"start": placeholder(float), "stages": 4}  # start: another ratio to begin with
     config.target = {"name": "normalized_pixels", "size": placeholder(int)}  # or pca, tokens of a size, hog, pixels
@@ -81,7 +83,7 @@ def paper() -> ConfigDict:
     config.eval = {"every": 3120, "images": 10_000}
     config.monitor = {"every": 31_200, "bank": 50_000, "queries": 10_000, "k": 20, "pool": "mean"}
     config.pictures = {"every": 3120, "count": 8}
-    config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200}  # 312 steps an epoch
+    config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200, "minutes": 0.0}  # 312 steps an epoch
     config.guard = {"patience": 5, "spike": 0.0}  # of steps that are not finite; spike: or so many times too large
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config
@@ -117,7 +119,7 @@ def folder() -> ConfigDict:
     config.eval = {"every": 500, "images": 1000}
     config.monitor = {"every": 2000, "bank": 5000, "queries": 1000, "k": 20, "pool": "mean"}
     config.pictures.every = 500
-    config.checkpoint = {"every": 500, "keep": 3, "keep_every": 0}
+    config.checkpoint = {"every": 500, "keep": 3, "keep_every": 0, "minutes": 0.0}
     return config
 
 
@@ -133,7 +135,7 @@ def cifar10() -> ConfigDict:
     config.eval = {"every": 480, "images": placeholder(int)}
     config.monitor = {"every": 960, "bank": 10_000, "queries": 2000, "k": 20, "pool": "mean"}
     config.pictures.every = 480
-    config.checkpoint = {"every": 480, "keep": 3, "keep_every": 0}
+    config.checkpoint = {"every": 480, "keep": 3, "keep_every": 0, "minutes": 0.0}
     return config
 
 
@@ -160,7 +162,7 @@ def fashion_mnist() -> ConfigDict:
     config.eval = {"every": 468, "images": placeholder(int)}
     config.monitor = {"every": 468, "bank": 5000, "queries": 1000, "k": 20, "pool": "mean"}
     config.pictures.every = 468
-    config.checkpoint = {"every": 468, "keep": 2, "keep_every": 0}
+    config.checkpoint = {"every": 468, "keep": 2, "keep_every": 0, "minutes": 0.0}
     return config
 
 
@@ -183,7 +185,7 @@ def digits() -> ConfigDict:
     config.eval = {"every": 300, "images": placeholder(int)}
     config.monitor = {"every": 300, "bank": 1438, "queries": 359, "k": 20, "pool": "mean"}
     config.pictures.every = 300
-    config.checkpoint = {"every": 300, "keep": 2, "keep_every": 0}
+    config.checkpoint = {"every": 300, "keep": 2, "keep_every": 0, "minutes": 0.0}
     return config
 
 

@@ -78,7 +78,7 @@ def imagenet() -> ConfigDict:
     config.train = {"steps": placeholder(int), "epochs": 90.0}
     config.log = {"every": 20}
     config.eval = {"every": 780, "images": placeholder(int)}
-    config.checkpoint = {"every": 780, "keep": 1, "keep_every": 0}
+    config.checkpoint = {"every": 780, "keep": 1, "keep_every": 0, "minutes": 0.0}
     config.guard = {"patience": 5, "spike": 0.0}  # of steps that are not finite; spike: or so many times too large
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config

@@ -439,7 +439,31 @@ def test_a_config_that_cannot_be_read_is_one_line(trained, tmp_path, capsys):
     assert "config.json: not readable" in capsys.readouterr().err
     (workdir / "checkpoints" / str(STEPS) / "config" / "config.json").write_text("")
     assert reconstruction(workdir, tmp_path / "out") == 4
-    assert "config.json: not readable" in capsys.readouterr().err
+    assert "50: damaged: config/config.json has 0 bytes, not " in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_gone_back_over_to_the_same_result(trained, tmp_path, capsys):
+    workdir = copy_of(trained, tmp_path)
+    (workdir / "summary.json").unlink()
+    file = max((workdir / "checkpoints" / str(STEPS)).glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[::-1])
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert pretraining(workdir, *SHORT) == 0
+    out = capsys.readouterr().out
+    assert f"moved to {workdir}/checkpoints/damaged/{STEPS}" in out and f"resuming from step {EVERY} of {STEPS}" in out
+    assert_same_run(workdir, trained)
+    assert main(["verify", f"--workdir={workdir}"]) == 0
+    for folder in (workdir / "checkpoints").glob("[0-9]*"):
+        (folder / "state" / "_METADATA").unlink()
+    assert pretraining(workdir, *SHORT) == 4
+    assert "no checkpoint is left but damaged ones" in capsys.readouterr().err
+
+
+def test_time_saves_besides_steps(tmp_path):
+    less = [f"--config.{group}.every=0" for group in ("eval", "monitor", "pictures", "checkpoint")]
+    keep = ("--config.checkpoint.keep=9", "--config.checkpoint.minutes=1e-9", "--config.log.every=4")
+    assert pretraining(tmp_path, "--config.train.steps=10", *less, *keep) == 0
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "10"}
 
 
 def test_a_finished_run_can_be_made_longer(trained, tmp_path, monkeypatch, capsys):
@@ -726,7 +750,7 @@ def test_a_normalized_target_is_drawn_with_mean_and_deviation_of_the_true_patch(
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     mask = masking.sample(jax.random.key(0), 2, (4, 4))
 
-    drawn, loss = panels.make_panels(model, target, config)(params, images, mask)
+    drawn, loss = panels.make_panels(model, target, config)(params, images, mask, standard(images, config))
     x = patches_of(standard(images, config), 8)
     means = np.broadcast_to(x.mean(axis=-1, keepdims=True), x.shape).reshape(2, 4, 4, 8, 8, 3)
     means = means.transpose(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 3)

@@ -186,6 +186,7 @@ MISTAKES = {
     "unknown pooling of the monitor": (f"{DIGITS} --config.monitor.pool=man", ["config.monitor.pool", "mean?"]),
     "no pictures": (f"{DIGITS} --config.pictures.count=0", ["config.pictures.count", "0"]),
     "no checkpoints": (f"{DIGITS} --config.checkpoint.keep=0", ["config.checkpoint.keep", "0"]),
+    "negative minutes": (f"{DIGITS} --config.checkpoint.minutes=-1", ["config.checkpoint.minutes", "-1"]),
     "negative keep_every": (f"{DIGITS} --config.checkpoint.keep_every=-1", ["config.checkpoint.keep_every", "-1"]),
     "mesh of 0": (f"{DIGITS} --config.mesh.data=0", ["config.mesh.data", "0", "8 device"]),
     "mesh of 9": (f"{DIGITS} --config.mesh.data=9", ["config.mesh.data", "9", "8 device"]),
@@ -248,6 +249,8 @@ MISTAKES_IN_FILES = {
     "config.data.per_class = -1": ["config.data.per_class", "-1"],
     "config.data.per_class = 2000": ["config.data.per_class: 2000", "class '8'", "127"],
     "config.data.subset_seed = -1": ["config.data.subset_seed", "-1"],
+    "config.noise.std = -0.5": ["config.noise.std", "-0.5", "0 is off"],
+    "config.data.jitter = -0.1": ["config.data.jitter", "-0.1", "0 is off"],
     "config.data.randaugment = 11.0": ["config.data.randaugment", "11.0", "between 0 (off) and 10"],
     "config.encoder.positions = 'learnt'": ["config.encoder.positions", "did you mean learned?"],
     "config.encoder.drop_path = 0.1": ["config.encoder", "drop_path", "fine-tuning"],
@@ -627,7 +630,7 @@ def test_alone_it_lists_the_jobs(arguments, capsys):
 def test_help_says_what_a_job_reads_and_writes(job, flag, capsys):
     assert main([job, "--config=not looked at", flag]) == 0
     out = capsys.readouterr().out
-    first = {"import": "--from", "export": "--checkpoint"}.get(job, "--config")
+    first = {"import": "--from", "export": "--checkpoint", "verify": "--workdir"}.get(job, "--config")
     assert out.startswith(f"usage: mae-jax {job} {first}=")
     assert "Reads" in out or "reads" in out
     assert "rites" in out

@@ -20,6 +20,7 @@ from jax.sharding import Sharding
 from mae_jax.data.augment import DRAWING_NOTHING, augment_file, crops_of_jpegs, decode
 from mae_jax.data.augment import augment as augment_image
 from mae_jax.data.cache import decoded
+from mae_jax.data.jitter import jitter
 from mae_jax.data.randaugment import rand_augment
 from mae_jax.data.sources import SOURCES, Source, balanced, in_memory
 from mae_jax.errors import DataError
@@ -51,7 +52,8 @@ class Dataset:
       augment: a row of `augment.AUGMENTATIONS`.
       scale, ratio: of random resized crops.
       flip: whether to flip every other image left to right.
-      randaugment: magnitude of RandAugment's two operations, up to 10, on what was cropped and flipped; 0: none.
+      jitter: how much brightness, contrast and saturation change at random, of what was cropped and flipped; 0: not.
+      randaugment: magnitude of RandAugment's two operations, up to 10, on what comes of all that; 0: none.
       repeats: so many samples of a batch are crops of one image, which is read once. Where reading is what limits
         the speed, two to four cost little accuracy (Hoffer et al. 2020, arXiv 1901.09335).
       held_out_augment: what is done to held-out images, a row of `augment.AUGMENTATIONS` that draws nothing.
@@ -74,6 +76,7 @@ class Dataset:
     scale: Sequence[float] = (0.2, 1.0)
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     flip: bool = False
+    jitter: float = 0.0
     randaugment: float = 0.0
     repeats: int = 1
     held_out_augment: str = "none"
@@ -103,19 +106,19 @@ class Dataset:
         if self.examples.rows:
             return True
         fits = self.examples.shape == (*self.image_size, self.channels)
-        return fits and self.augment == "none" and not self.flip and not self.randaugment
+        return fits and self.augment == "none" and not (self.flip or self.jitter or self.randaugment)
 
     def but(self, **changes) -> Dataset:
         """The same data set with other settings."""
         other = dataclasses.replace(self, **changes)
-        if changes.keys() <= {"augment", "flip", "randaugment", "repeats", "batch_size"}:  # the same images
+        if changes.keys() <= {"augment", "flip", "jitter", "randaugment", "repeats", "batch_size"}:  # the same images
             read = {key: self.__dict__[key] for key in ("opened", "examples") if key in self.__dict__}
             other.__dict__.update(read)  # not read again
         return other
 
     def plain(self) -> Dataset:
         """The same images as they are seen in evaluation."""
-        return self.but(augment=self.held_out_augment, flip=False, randaugment=0.0, repeats=1)
+        return self.but(augment=self.held_out_augment, flip=False, jitter=0.0, randaugment=0.0, repeats=1)
 
     def held_out_set(self) -> Dataset:
         """The images to evaluate on."""
@@ -124,7 +127,7 @@ class Dataset:
     @property
     def augmented(self) -> bool:
         """Whether an image is another one each time that it is seen in training."""
-        return self.augment not in DRAWING_NOTHING or self.flip or self.randaugment > 0
+        return self.augment not in DRAWING_NOTHING or self.flip or self.jitter > 0 or self.randaugment > 0
 
     def holding(self, rows: np.ndarray, labels: np.ndarray) -> Dataset:
         """A data set of rows [n,...] of any kind in place of images, to which nothing is done; of the same classes."""
@@ -232,7 +235,8 @@ class Dataset:
 
         def prepare_chunk(chunk):
             image = self._prepare_all(chunk, seed)
-            return {**chunk, "image": self._rand_augmented(image, chunk, seed) if self.randaugment else image}
+            changes = self.jitter or self.randaugment
+            return {**chunk, "image": self._changed(image, chunk, seed) if changes else image}
 
         def mend(chunk):
             return _mended(chunk, self.channels)
@@ -294,14 +298,21 @@ class Dataset:
             image = decode(example["image"], self.channels)
         return tf.stack([augment_image(image, one, **settings) for one in seeds])
 
-    def _rand_augmented(self, image, chunk: dict, seed: int):
-        """RandAugment of the samples made of each image, uint8[n,repeats,H,W,C]; what cannot be read stays black."""
+    def _changed(self, image, chunk: dict, seed: int):
+        """Jitter and RandAugment of the samples of each image, uint8[n,repeats,H,W,C]; what cannot be read stays black.
+
+        By Pillow, on uint8[H,W,C] of one sample after the other.
+        """
+        changes = [functools.partial(jitter, strength=self.jitter)] if self.jitter else []
+        if self.randaugment:
+            changes.append(functools.partial(rand_augment, layers=2, magnitude=self.randaugment))
 
         def operate(image, place, readable):
             out = image.copy()
             for i, j in itertools.product(np.flatnonzero(readable), range(self.repeats)):
                 number = place[i] * self.repeats + j
-                out[i, j] = rand_augment(image[i, j], np.array([seed, number]), layers=2, magnitude=self.randaugment)
+                for change in changes:
+                    out[i, j] = change(out[i, j], np.array([seed, number]))
             return out
 
         parts = [image, chunk["place"], chunk["readable"]]

@@ -1,6 +1,6 @@
 """The only code that reads a config. A command is a file here with `run(config, workdir)` and a docstring as its help.
 
-Commands that have no config, sweep, import and export, have `FLAGS` and `run(flags)`.
+Commands that have no config, sweep, import, verify and export, have `FLAGS` and `run(flags)`.
 
 Beside the commands: `runs`, what all training has in common; `classification`, what jobs with a classifier have;
 `checks`, what can be wrong with a config; `models`, from a config or a path to a model; `features`, of images;
@@ -21,5 +21,6 @@ JOBS = {
     "reconstruct": "picture what a trained autoencoder makes of images, at any mask ratio",
     "sweep": "run a chain of jobs with one setting after another, and make a table of what comes out",
     "import": "read a model of Hugging Face's, of the original code or of timm",
+    "verify": "say of each checkpoint of a run whether it is as it was written",
     "export": "write a model for Hugging Face, timm and others, or to run without this project",
 }

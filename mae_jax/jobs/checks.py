@@ -35,7 +35,7 @@ LEAST = {
     "eval": {"every": 0, "images": 1},
     "monitor": {"every": 0, "bank": 1, "queries": 1, "k": 1},
     "pictures": {"every": 0, "count": 1},
-    "checkpoint": {"every": 0, "keep": 1, "keep_every": 0},
+    "checkpoint": {"every": 0, "keep": 1, "keep_every": 0, "minutes": 0},
     "guard": {"patience": 1},
 }
 
@@ -59,6 +59,8 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
         problems.append("config.encoder: drop_path and final_norm=False are for fine-tuning; leave them out")
     if config.optim.layer_decay != 1:
         problems.append("config.optim.layer_decay: is for fine-tuning; leave it out")
+    if config.noise.std < 0:
+        problems.append(f"config.noise.std: {config.noise.std} is below 0; 0 is off")
     wrong = image_size_problems(config)
     if not wrong:
         grid = grid_of(data.image_size, patch)
@@ -282,6 +284,10 @@ def run_problems(config: ConfigDict, devices: Sequence[jax.Device] | None = None
         problems.append(f"config.data.randaugment: {data.randaugment} is not between 0 (off) and 10")
     elif data.randaugment and channels not in (1, 3):
         problems.append(f"config.data.randaugment: is for images of 1 or 3 channels, not {channels}; set it to 0")
+    if data.jitter < 0:
+        problems.append(f"config.data.jitter: {data.jitter} is below 0; 0 is off")
+    elif data.jitter and channels not in (1, 3):
+        problems.append(f"config.data.jitter: is for images of 1 or 3 channels, not {channels}; set it to 0")
     return problems + count_problems(config)
 
 

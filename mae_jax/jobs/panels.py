@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
+from mae_jax.data.noise import add_noise
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import DataError
 from mae_jax.jobs import models
@@ -34,35 +35,44 @@ def first_images(data: Dataset, count: int) -> tuple[np.ndarray, list[str]]:
     return batch["image"][readable], [source.name(int(i)) for i in readable]
 
 
-def sample_mask(model: MAE, config: ConfigDict, params: dict, images: np.ndarray, key: jax.Array) -> Mask:
-    """Masks for images uint8[N,H,W,C] as config.mask says."""
+def sample(model: MAE, config: ConfigDict, params: dict, images: np.ndarray, key: jax.Array) -> tuple[Mask, jax.Array]:
+    """Masks for images uint8[N,H,W,C] as config.mask says, and what the encoder sees of them as config.noise does.
+
+    Returns:
+      The masks, and f32[N,H,W,C]: the images, normalised, and noise.
+    """
+    mask_key, noise_key = jax.random.split(key) if config.noise.std else (key, key)
+    seen = add_noise(noise_key, normalize(images, **config.pixels), **config.noise)
     if config.mask.name in masking.GUIDED:
         guided = jax.jit(lambda *args: models.mask_of(model, config, *args))
-        return guided(params, normalize(images, **config.pixels), models.mask_noise(config, key, len(images)))
-    return masking.sample(key, len(images), grid_of(images.shape[1:3], model.encoder.patch_size), **config.mask)
+        return guided(params, seen, models.mask_noise(config, mask_key, len(images))), seen
+    grid = grid_of(images.shape[1:3], model.encoder.patch_size)
+    return masking.sample(mask_key, len(images), grid, **config.mask), seen
 
 
 def make_panels(model: MAE, target: Target, config: ConfigDict) -> Callable:
-    """A jitted `f(params, images uint8[N,H,W,C], mask) -> (panels uint8[N,4,H,W,C], loss f32[N])`.
+    """A jitted `f(params, images, mask, seen) -> (panels uint8[N,4,H,W,C], loss f32[N])`, of images uint8[N,H,W,C].
 
-    The panels are those of `PANELS`, or the first two where a prediction is no picture; the loss is that of each image.
+    `mask` and `seen` are from `sample`. The panels are those of `PANELS`, or the first two where a prediction is no
+    picture; the loss is that of each image.
     """
     measure, all_count = losses.make(target.loss, **config.loss)
 
     @jax.jit
-    def draw(params, images, mask):
+    def draw(params, images, mask, seen):
         x = normalize(images, **config.pixels)
-        pred = model.apply({"params": params}, x, mask, every_patch=True)  # [N,L,T]
+        pred = model.apply({"params": params}, seen, mask, every_patch=True)  # [N,L,T]
         fitted = targets.fitted_of(params)
         want = target.encode(x, fitted)
         counted = (pred, want) if all_count else (masking.take(pred, mask.hidden), masking.take(want, mask.hidden))
         patch = model.encoder.patch_size
         removed = jnp.repeat(mask.removed[:, :, None], patch**2, axis=2)  # [N,L,P*P]
         hidden = unpatchify(removed, patch, images.shape[1:3]) > 0  # [N,H,W,1]
-        panels = [images, jnp.where(hidden, jnp.uint8(GREY), images)]
+        visible = denormalize(seen, **config.pixels)
+        panels = [images, jnp.where(hidden, jnp.uint8(GREY), visible)]
         if target.decode:
             rebuilt = denormalize(target.decode(pred.astype(jnp.float32), x, fitted), **config.pixels)
-            panels += [rebuilt, jnp.where(hidden, rebuilt, images)]
+            panels += [rebuilt, jnp.where(hidden, rebuilt, visible)]
         return jnp.stack(panels, axis=1), measure(*counted)
 
     return draw

@@ -7,7 +7,7 @@ Reads the data set that config.data names. Writes into the workdir:
     config.json           the config, complete
     metrics.jsonl         one JSON object a line: step, train/loss, eval/loss, ...; the same as tensorboard/
     reconstructions/      step_N.png: original, masked, reconstruction, reconstruction with visible patches pasted in
-    checkpoints/STEP/     the train state and its config
+    checkpoints/STEP/     the train state, its config, and sums of their bytes
     summary.json          at the end: final metrics, steps, images seen, wall time, device, versions
 
 The same command again goes on from the newest checkpoint, to the same result as a run that was never stopped.
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_jax.config import complete
+from mae_jax.data.noise import add_noise
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError, DataError
 from mae_jax.jobs import checks, fitting, knn, models, panels
@@ -97,9 +98,13 @@ def make_init(model: MAE, config: ConfigDict) -> Callable:
 
 
 def make_draw(model: MAE, config: ConfigDict) -> Callable:
-    """What is random in a step, `f(batch, key)`: the batch with a mask."""
+    """What is random in a step, `f(batch, key)`: the batch with a mask and, where there is noise, what is then seen."""
 
     def draw(batch, key):
+        if config.noise.std:
+            key, noise_key = jax.random.split(key)
+            images = normalize(batch["image"], **config.pixels)
+            batch = batch | {"seen": add_noise(noise_key, images, **config.noise)}  # f32[N,H,W,C]
         if config.mask.name in masking.GUIDED:  # the mask depends on parameters too
             return batch | {"noise": models.mask_noise(config, key, len(batch["image"]))}
         grid = grid_of(batch["image"].shape[1:3], model.encoder.patch_size)
@@ -113,7 +118,7 @@ def with_mask(model: MAE, config: ConfigDict, params, drawn: dict) -> dict:
     """A batch from `make_draw` with its mask, where that is for the encoder to say."""
     if config.mask.name not in masking.GUIDED:
         return drawn
-    images = normalize(drawn["image"], **config.pixels)
+    images = drawn["seen"] if "seen" in drawn else normalize(drawn["image"], **config.pixels)
     return drawn | {"mask": models.mask_of(model, config, params, images, drawn["noise"])}
 
 
@@ -125,7 +130,7 @@ def predict(model: MAE, target: Target, config: ConfigDict, params, masked: dict
       every_patch: of all patches, row by row, not of the hidden ones alone.
     """
     images, mask = normalize(masked["image"], **config.pixels), masked["mask"]  # uint8 to f32[N,H,W,C]
-    pred = model.apply({"params": params}, images, mask, every_patch)  # [N,L-K,T]
+    pred = model.apply({"params": params}, masked.get("seen", images), mask, every_patch)  # [N,L-K,T]
     want = target.encode(images, targets.fitted_of(params))  # [N,L,T]; of tokens their numbers, [N,L,1]
     return pred, want if every_patch else masking.take(want, mask.hidden)
 
@@ -213,8 +218,7 @@ def pictures(
     draw = panels.make_panels(model, target, config)
 
     def hook(state, step):
-        mask = panels.sample_mask(model, config, state.params, images, run.eval_key)
-        drawn, _ = draw(state.params, images, mask)
+        drawn, _ = draw(state.params, images, *panels.sample(model, config, state.params, images, run.eval_key))
         run.writer.picture(step, "reconstructions", panels.sheet(whole(drawn, run.mesh)))
 
     return every, hook
@@ -224,6 +228,7 @@ def pictures(
 SCHEMA = {
     "data": Dataset,
     "pixels": normalize,
+    "noise": add_noise,
     "mask": masking.sample,
     "mask_schedule": masking.ratios,
     "target": targets.make,

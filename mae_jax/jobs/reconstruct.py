@@ -41,8 +41,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     model, params = models.load(config.init)
     _, target = models.build(trained)
     images, names = panels.first_images(data, data.examples.size if config.images else config.count)
-    mask = panels.sample_mask(model, trained, params, images, jax.random.key(config.seed))
-    drawn, loss = panels.make_panels(model, target, trained)(params, images, mask)
+    sampled = panels.sample(model, trained, params, images, jax.random.key(config.seed))
+    drawn, loss = panels.make_panels(model, target, trained)(params, images, *sampled)
 
     write_json(workdir / "config.json", to_json(config))
     picture = workdir / "reconstructions" / f"ratio_{config.mask.ratio:g}.png"
@@ -77,8 +77,7 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
         raise ConfigError([*problems, f"config.init: {config.init} holds no decoder; name a run of pretrain"])
     problems += checks.mask_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
     trained.mask = config.mask
-    if "loss" not in trained:  # of a model made elsewhere, or before there was a choice
-        trained.loss = {}
+    trained = ConfigDict({"loss": {}, "noise": {"std": 0.0}, **trained})  # of one made elsewhere, or before there were
     data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:
         data = dataclasses.replace(data, source="files", path=config.images)

@@ -126,6 +126,8 @@ class Run:
         stages = [(step, step_of(*pair)) for step, *pair in [(0, draw, loss_fn), *later]]
         train_step = in_turn(stages, first) if later else stages[0][1]
         hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
+        if self.checkpoints.minutes:
+            hooks.append((config.log.every, self.checkpoints.save_if_time))
         progress, batches = metrics.Progress(self.writer, self.steps, data.batch_size), batches or data
 
         def go_back(state):

@@ -3,6 +3,8 @@
     WORKDIR/config.json
     WORKDIR/checkpoints/STEP/state/...           the State: step, params, opt_state
     WORKDIR/checkpoints/STEP/config/config.json
+    WORKDIR/checkpoints/STEP/manifest/...        sums of all that, see `integrity`
+    WORKDIR/checkpoints/damaged/STEP             what was found damaged, kept
 
 The step is also the position in the data, so nothing else needs saving.
 """
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -20,21 +24,31 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from mae_jax.errors import CheckpointError
-from mae_jax.files import absolute, is_folder, to_path
+from mae_jax.files import absolute, in_bucket, is_folder, to_path
+from mae_jax.training import hosts, integrity
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
+DAMAGED = "damaged"
 
 
 def _manager(folder: Path, state: ocp.PyTreeCheckpointHandler, **options) -> ocp.CheckpointManager:
-    handlers = {"state": state, "config": ocp.JsonCheckpointHandler(CONFIG)}
+    handlers = {"state": state, "config": ocp.JsonCheckpointHandler(CONFIG), integrity.ITEM: integrity.Handler()}
     return ocp.CheckpointManager(
         absolute(folder), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
     )
 
 
+def _contents(**items) -> ocp.args.Composite:
+    """What Orbax is to save: these items, and last of all the sums."""
+    return ocp.args.Composite(**items, **{integrity.ITEM: integrity.Args()})
+
+
 class Checkpoints:
     """The checkpoints of one run. Saving goes on in the background while training does.
+
+    The newest one is verified first. If it is damaged it is moved to checkpoints/damaged/STEP, which is told in a line,
+    and so on until one is as it was written. All processes have to come here together.
 
     Args:
       workdir: of the run.
@@ -42,10 +56,31 @@ class Checkpoints:
       every: steps between checkpoints; 0: only at the end. Read by the job.
       keep: how many of the latest to keep.
       keep_every: keep for good each that is at a multiple of this many steps; 0: none.
+      minutes: save as well where so many have passed since the last save, which is looked at where metrics are logged;
+        0: not by time.
+
+    Raises:
+      CheckpointError: there were checkpoints, but all are damaged; or the newest is of a newer format.
     """
 
-    def __init__(self, workdir: Path, config: dict, *, every: int = 0, keep: int = 3, keep_every: int = 0):
-        self.config, self.every = config, every
+    def __init__(
+        self,
+        workdir: Path,
+        config: dict,
+        *,
+        every: int = 0,
+        keep: int = 3,
+        keep_every: int = 0,
+        minutes: float = 0.0,
+    ):
+        self.config, self.every, self.minutes = config, every, minutes
+        self._saved = time.monotonic()
+        hosts.meet("all have looked at the checkpoints, of which some may be moved now")
+        told, problems = hosts.of_first(lambda: _set_damaged_aside(workdir / FOLDER))
+        for line in told:
+            print(line, flush=True)
+        if problems:
+            raise CheckpointError(problems)
         policy = ocp.checkpoint_managers
         kept = [policy.LatestN(keep)] + ([policy.EveryNSteps(keep_every)] if keep_every else [])
         self._orbax = _manager(
@@ -63,20 +98,36 @@ class Checkpoints:
     def save(self, state, step: int) -> None:
         """Start to write `state` as the checkpoint of `step`, unless there is one; step 0 is not worth keeping."""
         if step and step not in self._orbax.all_steps():
-            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
+            args = _contents(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
             self._orbax.save(step, args=args, force=True)
+            self._saved = time.monotonic()
+
+    def save_if_time(self, state, step: int) -> None:
+        """The same where `minutes` have passed since the last save: by the clock of process 0, for all of them."""
+        if hosts.of_first(lambda: time.monotonic() - self._saved >= 60 * self.minutes):
+            self.save(state, step)
 
     def restore(self, abstract):
         """The newest state, laid out as `abstract` (ShapeDtypeStructs with shardings) says.
 
         Raises:
-          CheckpointError: names, shapes or dtypes differ; all differences are listed.
+          CheckpointError: names, shapes or dtypes differ, and all differences are listed; or it has no sums and cannot
+            be read.
         """
         step = self.latest_step
-        _compare(self._orbax.item_metadata(step).state.tree, abstract, self._orbax.directory / str(step))
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
-        return self._orbax.restore(step, args=ocp.args.Composite(state=args)).state
+        where = self._orbax.directory / str(step)
+        try:
+            _compare(self._orbax.item_metadata(step).state.tree, abstract, where)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+            args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
+            return self._orbax.restore(step, args=ocp.args.Composite(state=args)).state
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if integrity.is_sealed(where):  # and so as it was written
+                raise
+            reason = str(error).partition("\n")[0][:200]  # TensorStore tells a page
+            raise CheckpointError(f"{where}: not readable ({reason}); move it away to go on from another") from error
 
     def latest(self, abstract):
         """As `restore`, of what is saved or being saved; None where there is nothing."""
@@ -89,6 +140,36 @@ class Checkpoints:
         self._orbax.close()
 
 
+def _set_damaged_aside(folder: Path) -> tuple[list[str], list[str]]:
+    """Move damaged checkpoints to `DAMAGED`, beginning with the newest, until one is as it was written.
+
+    Returns:
+      A line for each; and why there is nothing to go on with, if there should be.
+    """
+    lines = []
+    aside = absolute(folder) / DAMAGED
+    for step in sorted(numbers_in(folder), reverse=True):
+        where = absolute(folder) / str(step)
+        try:
+            reason = integrity.damage(where)
+        except CheckpointError as error:
+            return lines, error.problems
+        if not reason:
+            told = [] if integrity.is_sealed(where) else [f"{where} is of an earlier version, without sums to verify"]
+            return lines + told, []
+        aside.mkdir(parents=True, exist_ok=True)
+        taken = {path.name for path in aside.iterdir()}
+        name = next(name for i in range(len(taken) + 1) if (name := f"{step}" + f".{i}" * bool(i)) not in taken)
+        where.rename(aside / name)
+        lines.append(f"damaged: {where}: {reason}; moved to {aside / name}")
+    if aside.exists():
+        return lines, [
+            f"{folder}: no checkpoint is left but damaged ones, in {aside}; use a new --workdir, or move them away to "
+            "train from the beginning"
+        ]
+    return lines, []
+
+
 def write(workdir: Path, config: dict, params: dict) -> None:
     """Write parameters that were not trained here, a tree of arrays, and a config as checkpoint 0 of a workdir.
 
@@ -99,7 +180,7 @@ def write(workdir: Path, config: dict, params: dict) -> None:
         _undisturbed(),
         contextlib.closing(_manager(workdir / FOLDER, handler, enable_async_checkpointing=False)) as manager,
     ):
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), config=ocp.args.JsonSave(config))
+        args = _contents(state=ocp.args.PyTreeSave({"params": params}), config=ocp.args.JsonSave(config))
         manager.save(0, args=args)
 
 
@@ -121,9 +202,9 @@ def read(path: str | Path, trees: tuple[str, ...]) -> dict[str, dict]:
     """Some of the trees of a checkpoint, such as "params" and "ema", as NumPy arrays by name, "encoder/cls_token".
 
     Raises:
-      CheckpointError: there is no checkpoint.
+      CheckpointError: there is no checkpoint, or it is damaged.
     """
-    folder = absolute(locate(path)) / "state"
+    folder = _verified(locate(path)) / "state"
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         stored = {key: tree for key, tree in handler.metadata(folder).tree.items() if key in trees and tree}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
@@ -152,14 +233,35 @@ def locate(path: str | Path) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in `folder`; anything else that lies there is none."""
-    items = ("state", "config")
-    return [int(p.name) for p in folder.glob("*") if p.name.isdigit() and all((p / item).is_dir() for item in items)]
+    """The steps of the checkpoints in `folder`, damaged or not; files and empty folders are none."""
+    return [step for step in numbers_in(folder) if any((folder / str(step)).iterdir())]
+
+
+def numbers_in(folder: Path) -> list[int]:
+    """The numbers that are names of folders in `folder`; in a bucket, of those that were written to the end."""
+    found = [path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()]
+    return [int(p.name) for p in found if not in_bucket(p) or (p / "commit_success.txt").exists()]
+
+
+def _verified(where: Path, below: str = "") -> Path:
+    """The checkpoint `where`, if what lies `below` in it is as it was written.
+
+    Raises:
+      CheckpointError: it is not.
+    """
+    reason = integrity.damage(absolute(where), below)
+    if reason:
+        raise CheckpointError(f"{where}: damaged: {reason}; use another checkpoint")
+    return absolute(where)
 
 
 def load_config(path: str | Path) -> dict:
-    """The config of the run that wrote the workdir or checkpoint at `path`."""
-    file = locate(path) / "config" / CONFIG
+    """The config of the run that wrote the workdir or checkpoint at `path`.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or its config is damaged.
+    """
+    file = _verified(locate(path), "config/") / "config" / CONFIG
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -175,12 +277,13 @@ def load(path: str | Path, abstract: dict, whole: str | tuple[str, ...] = "param
       whole: where the checkpoint may hold nothing but what is read, such as "params/encoder"; (): nowhere.
 
     Raises:
-      CheckpointError: there is no checkpoint, or names, shapes or dtypes differ; all that do are listed.
+      CheckpointError: there is no checkpoint, or it is damaged, or names, shapes or dtypes differ; all that do are
+        listed.
     """
     where = locate(path)
+    folder = _verified(where) / "state"
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    folder = absolute(where) / "state"
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         _compare(handler.metadata(folder).tree, abstract, where, whole)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)

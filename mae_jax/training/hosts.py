@@ -21,7 +21,7 @@ import time
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -253,6 +253,13 @@ def gather(text: str) -> list[str]:
     padded[: len(data)] = data
     rows = np.reshape(multihost_utils.process_allgather(padded), (len(sizes), -1))
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def of_first(find: Callable[[], object]):
+    """What `find` returns on process 0, which alone calls it: JSON values. All processes have to call this."""
+    if jax.process_count() == 1:
+        return find()
+    return json.loads(gather(json.dumps(find() if leads() else None))[0])
 
 
 def agree(facts: Mapping[str, object]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mae_jax.data import augment, pipeline
+from mae_jax.data.jitter import jitter
 from mae_jax.data.pipeline import CHUNK, Dataset
 from mae_jax.data.randaugment import rand_augment
 from mae_jax.data.sources import SOURCES, Source
@@ -227,6 +228,45 @@ def test_randaugment_comes_last_and_changes_each_sample_by_its_number(name, repe
             assert np.array_equal(out, want)
             changed.append(not np.array_equal(out, image))
     assert sum(changed) > len(changed) / 3
+
+
+@pytest.mark.parametrize("name", ["digits", "folder", "tfds"])
+def test_jitter_changes_what_was_cropped_and_flipped_before_randaugment_does(name, sets, caplog):
+    plain = dataclasses.replace(sets[name], repeats=2, batch_size=8)
+    jittered = dataclasses.replace(plain, jitter=0.4)
+    both = dataclasses.replace(jittered, randaugment=9.0)
+    batches = [take(data.shuffled(3, 5, sharding()), 2) for data in (plain, jittered, both)]
+    changed = []
+    for step, (a, b, c) in enumerate(zip(*batches, strict=True), 5):
+        assert np.array_equal(a["weight"], b["weight"])
+        for i, weight in enumerate(a["weight"]):
+            seed = np.array([3, 8 * step + i])
+            want = jitter(a["image"][i], seed, strength=0.4) if weight else a["image"][i]
+            assert np.array_equal(b["image"][i], want)
+            changed.append(not np.array_equal(want, a["image"][i]))
+            want = rand_augment(want, seed, layers=2, magnitude=9.0) if weight else want
+            assert np.array_equal(c["image"][i], want)
+    assert sum(changed) > len(changed) / 2
+    (again,) = take(jittered.shuffled(3, 6, sharding(1)), 1)
+    assert same(again, batches[1][1]), "on any number of devices, and again"
+
+
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+def test_jitter_goes_with_every_augmentation(name, sets):
+    plain = dataclasses.replace(sets["synthetic"], augment=name, batch_size=8)
+    before, after = (
+        take(x.shuffled(0, 0, sharding()), 1)[0]["image"] for x in (plain, dataclasses.replace(plain, jitter=0.4))
+    )
+    for i, (image, out) in enumerate(zip(before, after, strict=True)):
+        assert np.array_equal(out, jitter(image, np.array([0, i]), strength=0.4))
+
+
+def test_jitter_is_for_training_alone(sets):
+    data = dataclasses.replace(sets["digits"], jitter=0.4)
+    assert not data.ready and data.plain().ready
+    assert data.held_out_set().jitter == 0
+    examples = data.examples
+    assert data.but(jitter=0.0).examples is examples
 
 
 def test_an_image_that_cannot_be_read_stays_black_whatever_randaugment_does(tmp_path, caplog):
@@ -512,6 +552,7 @@ def test_held_out_images_are_seen_as_the_setting_says_and_all_of_them():
         ({"augment": "centre_crop"}, False),
         ({"repeats": 2}, False),
         ({"flip": True}, True),
+        ({"jitter": 0.4}, True),
         ({"randaugment": 9.0}, True),
         ({"augment": "fixed_crop"}, True),
         ({"augment": "random_resized_crop"}, True),

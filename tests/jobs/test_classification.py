@@ -11,6 +11,7 @@ import mae_jax
 from mae_jax.__main__ import main
 from mae_jax.errors import CheckpointError, DataError
 from mae_jax.jobs import classification
+from mae_jax.training import integrity
 
 # A wrong encoder
 
@@ -55,6 +56,7 @@ def copied(run, tmp_path, change):
         config = json.loads(path.read_text())
         change(config)
         path.write_text(json.dumps(config))
+        (path.parents[1] / "manifest" / "manifest.json").write_text(integrity.manifest_of(path.parents[1]))
     return tmp_path / "copy"
 
 

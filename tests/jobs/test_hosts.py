@@ -167,6 +167,34 @@ def test_one_is_killed_and_a_rerun_goes_on(together, tmp_path, processes, then):
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_by_all_together(together, tmp_path):
+    def damage(step):
+        file = max((checkpoints / step).glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+        file.write_bytes(file.read_bytes()[::-1])
+
+    workdir, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    # one of the metrics is logged, and time is asked for, at every step
+    arguments = pretrain(
+        workdir, "--config.mesh.fsdp=2", "--config.checkpoint.every=10", "--config.checkpoint.minutes=60"
+    )
+    job = together(2, *arguments)
+    assert job.codes() == [0, 0], job.told(0)
+    assert main(["verify", f"--workdir={workdir}"]) == 0, "whatever each process has written"
+    before = lines(workdir)
+    damage("20")
+    again = together(2, *arguments)
+    assert again.codes() == [0, 0], again.told(0) + again.told(1)
+    assert again.told(0).count("moved to") == 1 and again.told(1) == ""
+    assert "resuming from step 10" in again.told(0)
+    assert lines(workdir) == before
+    damage("20")
+    damage("10")
+    last = together(2, *arguments)
+    assert last.codes() == [4, 4], last.told(0)
+    assert "no checkpoint is left but damaged ones" in last.told(0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_has_all_save_the_same_step(together, tmp_path, processes, signum):

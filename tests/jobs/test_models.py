@@ -12,6 +12,7 @@ import mae_jax
 from mae_jax.config import load, to_json
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import classification, finetune, models, pretrain
+from mae_jax.training import integrity
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.loop import State
 
@@ -95,6 +96,7 @@ def test_what_is_missing_unused_or_misshapen_in_an_encoder_is_listed(autoencoder
         other = to_json(config)
         other["encoder"] |= encoder
         (where / "config" / "config.json").write_text(json.dumps(other))
+        (where / "manifest" / "manifest.json").write_text(integrity.manifest_of(where))
         with pytest.raises(CheckpointError) as error:
             mae_jax.load_encoder(tmp_path)
         return sorted(line.removeprefix(f"{where}: ").split(" ")[:2] for line in error.value.problems)

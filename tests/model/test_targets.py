@@ -216,7 +216,8 @@ def test_a_tokenizer_of_one_s_own_is_a_row(monkeypatch):
     examples = pretrain.make_draw(model, config)(batch, jax.random.key(0))
     loss, _ = jax.jit(pretrain.make_loss(model, target, config))(params, {}, examples)
     assert np.isfinite(loss).all()
-    drawn, _ = jax.eval_shape(panels.make_panels(model, target, config), params, batch["image"], examples["mask"])
+    seen = batch["image"].astype(np.float32)
+    drawn, _ = jax.eval_shape(panels.make_panels(model, target, config), params, batch["image"], examples["mask"], seen)
     assert drawn.shape == (2, 2, 8, 8, 1), "without a way back there is no reconstruction to be seen"
     assert panels.sheet(np.zeros(drawn.shape, np.uint8)).shape[1] == 4 + 2 * (112 + 4)
 

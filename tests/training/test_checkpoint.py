@@ -140,6 +140,20 @@ def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
     reader.close()
 
 
+def test_states_are_saved_by_time_too_where_that_is_asked_for(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    checkpoints = Checkpoints(tmp_path, CONFIG, minutes=2.0, keep=9)
+    state = place(make_state(), make_mesh(data=1), split=False)
+    for step in range(1, 13):
+        now += 30
+        if step == 6:
+            checkpoints.save(state, step)  # from which on time counts anew
+        checkpoints.save_if_time(state, step)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [4, 6, 10]
+
+
 def test_a_checkpoint_cut_short_by_a_crash_is_not_seen_and_swept_away(tmp_path):
     state = saved(tmp_path, 3)
     cut = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"

@@ -1,0 +1,255 @@
+"""A damaged checkpoint is found, named, kept aside and not gone on with, whatever of it is damaged and however."""
+
+import gc
+import json
+import shutil
+
+import jax
+import pytest
+
+from mae_jax.__main__ import main
+from mae_jax.errors import CheckpointError
+from mae_jax.files import absolute
+from mae_jax.training import checkpoint, integrity
+from mae_jax.training.checkpoint import Checkpoints
+from mae_jax.training.loop import State
+
+CONFIG = {"seed": 3, "data": {"image_size": [8, 8]}}
+
+
+def make_state(step):
+    """A state whose values tell the step."""
+    params = {"encoder": {"kernel": jax.numpy.full((64, 16), step, "float32"), "bias": jax.numpy.arange(16.0) + step}}
+    return State(step=jax.numpy.int32(step), params=params, opt_state={}, stats={}, ema={})
+
+
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0))
+
+
+def save(workdir, *steps):
+    checkpoints = Checkpoints(workdir, CONFIG, keep=9)
+    for step in steps:
+        checkpoints.save(make_state(step), step)
+    checkpoints.close()
+
+
+def resume(workdir):
+    """The state that a run would go on with."""
+    checkpoints = Checkpoints(workdir, CONFIG, keep=9)
+    try:
+        return checkpoints.restore(ABSTRACT) if checkpoints.latest_step else None
+    finally:
+        checkpoints.close()
+
+
+def bytes_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def largest(folder):
+    return max(folder.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The workdir of a run that saved three steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "saved"
+    save(workdir, 3, 5, 7)
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    """A copy of that, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+FILES = {
+    "arrays": largest,
+    "state/_METADATA": None,
+    "state/_sharding": None,
+    "state/manifest.ocdbt": None,
+    "state/ocdbt.process_0/manifest.ocdbt": None,
+    "state/array_metadatas/process_0": None,
+    "config/config.json": None,
+    "manifest/manifest.json": None,
+    "_CHECKPOINT_METADATA": None,
+}
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+WAYS = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "empty": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+def damage(folder, file, way):
+    path = FILES[file](folder) if FILES[file] else folder / file
+    before = path.read_bytes()
+    WAYS[way](path)
+    assert not path.exists() or path.read_bytes() != before
+    return path
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_it_is_gone_on_with(file, way, workdir, capsys):
+    folder = workdir / "checkpoints" / "7"
+    path = damage(folder, file, way)
+    before = bytes_of(workdir)
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    out, err = capsys.readouterr()
+    assert [line.split()[:2] for line in out.splitlines()] == [["3", "as"], ["5", "as"], ["7", "damaged:"]]
+    assert "1 of 3 checkpoints damaged" in err and len(err.splitlines()) == 1
+    assert bytes_of(workdir) == before, "nothing is changed by looking"
+
+    assert int(resume(workdir).step) == 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"damaged: {folder}: ") and str(path.relative_to(folder)) in line
+    aside = workdir / "checkpoints" / "damaged" / "7"
+    assert line.endswith(f"; moved to {aside}")
+    assert bytes_of(aside) == {name[14:]: data for name, data in before.items() if name.startswith("checkpoints/7/")}
+    assert main(["verify", f"--workdir={workdir}"]) == 0
+    assert float(resume(workdir).params["encoder"]["kernel"][0, 0]) == 5
+
+
+@pytest.mark.parametrize("gone", ["state", "config", "manifest", "."])
+def test_so_is_one_of_which_a_folder_is_gone(gone, workdir, capsys):
+    folder = workdir / "checkpoints" / "7"
+    shutil.rmtree(folder / gone)
+    folder.mkdir(exist_ok=True)
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert int(resume(workdir).step) == 5
+    assert (workdir / "checkpoints" / "damaged" / "7").is_dir()
+
+
+def test_two_files_that_have_changed_places_are_found(workdir):
+    one, *_, other = sorted((workdir / "checkpoints" / "7").glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    contents = one.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    assert int(resume(workdir).step) == 5
+
+
+def test_what_orbax_writes_last_holds_nothing_that_is_restored(workdir):
+    """Its times, which no manifest could have a sum of."""
+    path = workdir / "checkpoints" / "7" / integrity.ORBAX
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"commit_timestamp_nsecs": 1, "init_timestamp_nsecs": 2}))
+    assert float(resume(workdir).params["encoder"]["kernel"][0, 0]) == 7
+    (path.parent / "commit_success.txt").write_text("")
+    assert float(resume(workdir).params["encoder"]["kernel"][0, 0]) == 7
+
+
+def test_the_newest_that_is_whole_is_found_and_later_ones_are_saved_anew(workdir, capsys):
+    for step in ("5", "7"):
+        damage(workdir / "checkpoints" / step, "arrays", "flipped")
+    assert int(resume(workdir).step) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    save(workdir, 5, 7)
+    assert int(resume(workdir).step) == 7
+    damage(workdir / "checkpoints" / "7", "arrays", "flipped")
+    assert int(resume(workdir).step) == 5
+    assert {p.name for p in (workdir / "checkpoints" / "damaged").iterdir()} == {"5", "7", "7.1"}, "nothing is lost"
+
+
+def test_where_none_is_whole_nothing_begins_anew(workdir, capsys):
+    for step in ("3", "5", "7"):
+        damage(workdir / "checkpoints" / step, "arrays", "truncated")
+    for _ in range(2):  # and not the next time either
+        with pytest.raises(CheckpointError, match="no checkpoint is left but damaged ones") as caught:
+            resume(workdir)
+        assert caught.value.exit_code == 4
+    shutil.move(workdir / "checkpoints" / "damaged", workdir / "elsewhere")
+    assert resume(workdir) is None, "unless they are moved away"
+
+
+def rewrite(folder, **changes):
+    """A manifest with other contents, and the right sum."""
+    path = folder / "manifest" / "manifest.json"
+    contents = json.loads(path.read_text()) | changes
+    del contents["sha256"]
+    path.write_text(json.dumps(contents | {"sha256": integrity._own_sum(contents)}))
+
+
+def test_a_newer_format_is_refused_by_name_and_left_where_it_is(workdir, capsys):
+    rewrite(workdir / "checkpoints" / "7", format=integrity.FORMAT + 1, more=[1, 2])
+    before = bytes_of(workdir)
+    with pytest.raises(CheckpointError, match=f"7: is of format {integrity.FORMAT + 1}, and this version"):
+        resume(workdir)
+    with pytest.raises(CheckpointError, match="is of format"):
+        checkpoint.load(workdir, {"params": ABSTRACT.params})
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert bytes_of(workdir) == before
+
+
+def without_sums(folder):
+    """The checkpoint as an earlier version wrote it."""
+    shutil.rmtree(folder / "manifest")
+    told = json.loads((folder / integrity.ORBAX).read_text())
+    del told["item_handlers"]["manifest"]
+    (folder / integrity.ORBAX).write_text(json.dumps(told))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_with_and_this_is_told(workdir, capsys):
+    without_sums(workdir / "checkpoints" / "7")
+    assert main(["verify", f"--workdir={workdir}"]) == 0
+    assert "7  of an earlier version" in capsys.readouterr().out
+    assert int(resume(workdir).step) == 7
+    assert "7 is of an earlier version, without sums to verify" in capsys.readouterr().out
+    assert checkpoint.load_config(workdir) == CONFIG
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax leaves behind
+@pytest.mark.parametrize("file", ["state/manifest.ocdbt", "state/_METADATA"])
+def test_one_that_cannot_be_restored_either_is_one_line(file, workdir):
+    without_sums(workdir / "checkpoints" / "7")
+    (workdir / "checkpoints" / "7" / file).write_bytes(b"?")
+    with pytest.raises(CheckpointError, match=r"7: not readable .*; move it away to go on from another") as caught:
+        resume(workdir)
+    assert len(str(caught.value)) < 500
+    del caught
+    gc.collect()
+
+
+@pytest.mark.parametrize("file", ["arrays", "config/config.json"])
+def test_whoever_reads_a_checkpoint_verifies_it(file, workdir):
+    damage(workdir / "checkpoints" / "7", file, "flipped")
+    for read in (
+        lambda: checkpoint.load(workdir, {"params": ABSTRACT.params}),
+        lambda: checkpoint.read(workdir, ("params",)),
+        *([lambda: checkpoint.load_config(workdir)] * (file == "config/config.json")),
+    ):
+        with pytest.raises(CheckpointError, match=r"checkpoints/7: damaged: .* has other bytes; use another"):
+            read()
+    assert checkpoint.load_config(workdir / "checkpoints" / "5") == CONFIG
+
+
+def test_a_checkpoint_without_training_has_sums_too(tmp_path):
+    checkpoint.write(tmp_path, CONFIG, make_state(1).params)
+    folder = absolute(tmp_path / "checkpoints" / "0")
+    assert integrity.is_sealed(folder) and integrity.damage(folder) == ""
+
+
+def test_sums_are_written_before_a_checkpoint_is_committed(tmp_path, monkeypatch):
+    """So that a run which is killed leaves none without."""
+    monkeypatch.setattr(integrity, "_own_sum", lambda contents: 1 / 0)  # as if killed
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    checkpoints.save(make_state(1), 1)
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.close()
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == []
+
+
+def test_a_folder_without_checkpoints_cannot_be_verified(tmp_path, capsys):
+    assert main(["verify", f"--workdir={tmp_path}"]) == 4
+    assert "no checkpoint here" in capsys.readouterr().err
