@@ -29,7 +29,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import submitit
+from etils import epy
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
@@ -37,6 +37,10 @@ from mae_jax.errors import ConfigError, Interrupted, UserError, nearest
 from mae_jax.files import in_bucket, make_workdir, path_of
 from mae_jax.jobs import forecast, tables, trials
 from mae_jax.jobs.trials import LOG, Trial
+
+os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # or it takes over all logging of this process
+with epy.lazy_imports():
+    import submitit
 
 REQUIRED = ("sweep", "workdir")
 FLAGS = (*REQUIRED, "parallel", "slurm", "seeds", "trials")

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import submitit
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
@@ -107,8 +106,8 @@ class Link:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trial(submitit.helpers.Checkpointable):
-    """One setting of a sweep with one seed. Where a cluster stops it, it is submitted again and goes on.
+class Trial:
+    """One setting of a sweep with one seed, to be called in a process of its own.
 
     Attributes:
       name: what the sweep calls the setting.
@@ -128,6 +127,12 @@ class Trial(submitit.helpers.Checkpointable):
     def done(self) -> bool:
         """Whether all of its jobs have been run."""
         return all(link.done for link in self.chain)
+
+    def checkpoint(self):
+        """What submitit asks for where a cluster stops it before its time: to be called again, and to go on."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
     def __call__(self) -> None:
         """Run what of the chain has not been, with all that it says in the log."""

@@ -20,7 +20,7 @@ CONFIG = {"seed": 3, "data": {"image_size": [8, 8]}}
 def make_state(step):
     """A state whose values tell the step."""
     params = {"encoder": {"kernel": jax.numpy.full((64, 16), step, "float32"), "bias": jax.numpy.arange(16.0) + step}}
-    return State(step=jax.numpy.int32(step), params=params, opt_state={}, stats={}, ema={})
+    return State(step=jax.numpy.int32(step), params=params, opt_state={}, stats={}, ema={}, norm=jax.numpy.float32(0))
 
 
 ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0))
