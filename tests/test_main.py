@@ -630,7 +630,7 @@ def test_alone_it_lists_the_jobs(arguments, capsys):
 def test_help_says_what_a_job_reads_and_writes(job, flag, capsys):
     assert main([job, "--config=not looked at", flag]) == 0
     out = capsys.readouterr().out
-    first = {"import": "--from", "export": "--checkpoint", "verify": "--workdir"}.get(job, "--config")
+    first = {"import": "--from", "export": "--checkpoint", "verify": "--workdir", "sweep": "--sweep"}.get(job, "--config")
     assert out.startswith(f"usage: mae-jax {job} {first}=")
     assert "Reads" in out or "reads" in out
     assert "rites" in out
