@@ -74,7 +74,7 @@ MISTAKES = {
     "negative depth": (f"{DIGITS} --config.decoder.depth=-1", ["config.decoder.depth", "below 0"]),
     "no hidden unit": (f"{DIGITS} --config.encoder.mlp_ratio=0.001", ["config.encoder.mlp_ratio"]),
     "mlp_ratio nan": (f"{DIGITS} --config.decoder.mlp_ratio=nan", ["config.decoder.mlp_ratio", "nan"]),
-    "ratio 0": (f"{DIGITS} --config.mask.ratio=0", ["config.mask.ratio", "between 0 and 1"]),
+    "ratio 0": (f"{DIGITS} --config.mask.ratio=0", ["config.mask.ratio", "hides no patch", "config.loss.patches=all"]),
     "ratio 1": (f"{DIGITS} --config.mask.ratio=1", ["config.mask.ratio", "between 0 and 1"]),
     "ratio that keeps none": (f"{DIGITS} --config.mask.ratio=0.99", ["config.mask.ratio", "0 of 16"]),
     "negative ratio": (f"{DIGITS} --config.mask.ratio=-0.5", ["config.mask.ratio", "-0.5"]),

@@ -123,7 +123,12 @@ def make(config: ConfigDict, hardware: Hardware, devices: Sequence[jax.Device], 
         dict(mesh.shape),
         {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in state.params.items()},
         training_flops(
-            model, config.data.image_size, config.data.channels, config.mask.ratio, config.loss.patches == "all"
+            model,
+            config.data.image_size,
+            config.data.channels,
+            config.mask.ratio,
+            config.loss.patches == "all",
+            config.mask.decoded,
         ),
         done.flops * mesh.size / config.data.batch_size,
         memory_of(

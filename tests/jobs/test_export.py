@@ -18,7 +18,7 @@ from mae_jax.data.sources import digits
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import classification, export, finetune
 from mae_jax.model import losses, masking, targets
-from mae_jax.model.patches import sincos_positions
+from mae_jax.model.positions import sincos_positions
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.loop import State
 
