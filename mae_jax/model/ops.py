@@ -185,7 +185,7 @@ def attention(q, kv, kind="auto", bias=None):
     if kind == "fused" and (reason := NO_BIAS if bias is not None else no_kernel(q.dtype, q.shape[-1])):
         raise ValueError(f"attention cannot be fused: {reason}")
     if bias is not None:
-        return _attention(q, kv, jnp.broadcast_to(bias.astype(jnp.float32), (len(q), *bias.shape[1:])), "plain")
+        return _attention(q, kv, jnp.broadcast_to(bias.astype(jnp.float32), (q.shape[0], *bias.shape[1:])), "plain")
     if kind != "plain" and cudnn.serves(q.dtype, q.shape[-1]):
         return cudnn.attention(q, kv)
     return _attention(q, kv, None, kind)

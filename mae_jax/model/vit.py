@@ -95,7 +95,7 @@ class ViT(nn.Module):
             x = take(x, visible)  # [N,K,P*P*C]
             tokens = positions.with_cls(visible)  # i32[N,1+K]
         x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
-        x = [jnp.broadcast_to(cls, (len(x), 1, self.width)), x]
+        x = [jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x]
         if hidden is not None:
             x += [jnp.broadcast_to(mask_token, (*hidden.shape, self.width))]
             tokens = jnp.concatenate([tokens, 1 + hidden], axis=1)  # i32[N,1+K+M]
