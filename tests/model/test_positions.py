@@ -72,7 +72,13 @@ CASES = {  # decoders that work with any kind, but none where mask tokens would 
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = {"relative", "rotary, cross"}  # these take seconds
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in CASES]
+)
+
+
+@every_case
 def test_order_within_the_mask_is_only_the_order_of_the_predictions(case, images, mask):
     kind, decoder = CASES[case]
     model = MAE(encoder_of(kind), Decoder(4, width=16, depth=2, heads=2, **decoder))
@@ -87,9 +93,7 @@ def test_order_within_the_mask_is_only_the_order_of_the_predictions(case, images
     assert np.ptp(hidden, axis=1).min() > 1e-4, "no two hidden patches are alike"
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in ("relative", "rotary"))) for c in CASES]
-)
+@every_case
 def test_gradients_are_finite_and_the_same_on_1_and_8_devices(case, images, mask):
     kind, decoder = CASES[case]
     model = MAE(encoder_of(kind), Decoder(4, width=16, depth=1, heads=2, **decoder))
