@@ -63,13 +63,29 @@ def paper() -> ConfigDict:
     }
     config.pixels = IMAGENET
     config.noise = {"std": 0.0}  # of what the encoder sees; the target is without
-    config.mask = {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0}
+    config.mask = {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0, "decoded": 1.0}
     config.mask_schedule = {"start": placeholder(float), "stages": 4}  # start: another ratio to begin with
     config.target = {"name": "normalized_pixels", "size": placeholder(int)}  # or pca, tokens of a size, hog, pixels
     config.loss = {"name": "", "patches": "hidden"}  # or l2, l1, smooth_l1, cross_entropy; all. Empty: the target's own
-    # remat "dots" or "full" needs less memory, and computes what it does not keep a second time
-    config.encoder = {"patch_size": 16, "mlp_ratio": 4.0, **SIZES["B"], "remat": "none", "attention": "auto"}
-    config.decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none", "attention": "auto"}
+    config.encoder = {
+        "patch_size": 16,
+        "mlp_ratio": 4.0,
+        **SIZES["B"],
+        "positions": "sincos",  # or learned, relative, rotary, none
+        "remat": "none",  # "dots" or "full" needs less memory, and computes what it does not keep a second time
+        "attention": "auto",
+    }
+    config.decoder = {
+        "width": 512,
+        "depth": 8,
+        "heads": 16,
+        "mlp_ratio": 4.0,
+        "kind": "self",  # or cross
+        "mask_tokens": "decoder",  # or encoder, which then sees all patches
+        "positions": "sincos",
+        "remat": "none",
+        "attention": "auto",
+    }
     config.optim = {
         "name": "adamw",
         "base_learning_rate": 1.5e-4,  # times batch_size / 256

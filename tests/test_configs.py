@@ -81,11 +81,14 @@ def test_imagenet_recipes_have_the_numbers_of_the_paper(name):
     assert config.data.flip is True
     assert tuple(config.pixels.mean) == (0.485, 0.456, 0.406)
     assert tuple(config.pixels.std) == (0.229, 0.224, 0.225)
-    assert config.mask.to_dict() == {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0}
+    mask = {"name": "random", "ratio": 0.75, "unit": 1, "temperature": 1.0, "decoded": 1.0}
+    assert config.mask.to_dict() == mask
     assert config.mask_schedule.to_dict() == {"start": None, "stages": 4}
     assert config.target.to_dict() == {"name": "normalized_pixels", "size": None}
     assert config.loss.to_dict() == {"name": "", "patches": "hidden"}
     decoder = {"width": 512, "depth": 8, "heads": 16, "mlp_ratio": 4.0, "remat": "none", "attention": "auto"}
+    decoder |= {"kind": "self", "mask_tokens": "decoder", "positions": "sincos"}
+    assert config.encoder.positions == "sincos"
     assert config.decoder.to_dict() == decoder
     assert config.optim.to_dict() == {
         "name": "adamw",

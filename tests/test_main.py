@@ -74,7 +74,7 @@ MISTAKES = {
     "negative depth": (f"{DIGITS} --config.decoder.depth=-1", ["config.decoder.depth", "below 0"]),
     "no hidden unit": (f"{DIGITS} --config.encoder.mlp_ratio=0.001", ["config.encoder.mlp_ratio"]),
     "mlp_ratio nan": (f"{DIGITS} --config.decoder.mlp_ratio=nan", ["config.decoder.mlp_ratio", "nan"]),
-    "ratio 0": (f"{DIGITS} --config.mask.ratio=0", ["config.mask.ratio", "between 0 and 1"]),
+    "ratio 0": (f"{DIGITS} --config.mask.ratio=0", ["config.mask.ratio", "hides no patch", "config.loss.patches=all"]),
     "ratio 1": (f"{DIGITS} --config.mask.ratio=1", ["config.mask.ratio", "between 0 and 1"]),
     "ratio that keeps none": (f"{DIGITS} --config.mask.ratio=0.99", ["config.mask.ratio", "0 of 16"]),
     "negative ratio": (f"{DIGITS} --config.mask.ratio=-0.5", ["config.mask.ratio", "-0.5"]),
@@ -99,6 +99,34 @@ MISTAKES = {
     "loss of values": (
         f"{DIGITS} --config.target.name=tokens --config.loss.name=l1",
         ["config.loss.name: l1 is not for the target tokens; use cross_entropy"],
+    ),
+    "unknown positions": (f"{DIGITS} --config.encoder.positions=rotray", ["config.encoder.positions", "mean rotary?"]),
+    "unknown decoder": (f"{DIGITS} --config.decoder.kind=corss", ["config.decoder.kind", "did you mean cross?"]),
+    "unknown mask tokens": (f"{DIGITS} --config.decoder.mask_tokens=encodr", ["mask_tokens", "did you mean encoder?"]),
+    "linear head": (f"{DIGITS} --config.decoder.depth=0", ["config.decoder.depth: 0", "mask_tokens to encoder"]),
+    "cross without queries": (
+        f"{DIGITS} --config.decoder.kind=cross --config.decoder.mask_tokens=encoder",
+        ["config.decoder.kind: cross", "set config.decoder.mask_tokens to decoder"],
+    ),
+    "mask tokens all alike": (f"{DIGITS} --config.decoder.positions=none", ["config.decoder.positions: none"]),
+    "mask tokens all alike in the encoder": (
+        f"{DIGITS} --config.decoder.mask_tokens=encoder --config.decoder.depth=0 --config.encoder.positions=none",
+        ["config.encoder.positions: none, so that nothing tells one hidden patch from another"],
+    ),
+    "odd heads": (f"{DIGITS} --config.encoder.positions=rotary --config.encoder.heads=32", ["by 4, not 2"]),
+    "a kernel for a bias": (
+        f"{DIGITS} --config.encoder.positions=relative --config.encoder.attention=fused",
+        ["config.encoder.attention: fused, but no kernel adds a bias"],
+    ),
+    "none decoded": (f"{DIGITS} --config.mask.decoded=0", ["config.mask.decoded: 0", "above 0, up to 1"]),
+    "more decoded than hidden": (f"{DIGITS} --config.mask.decoded=1.5", ["config.mask.decoded: 1.5"]),
+    "some decoded of all": (
+        f"{DIGITS} --config.mask.decoded=0.5 --config.loss.patches=all",
+        ["config.mask.decoded: is for a loss of hidden patches"],
+    ),
+    "nothing hidden to begin with": (
+        f"{DIGITS} --config.mask_schedule.start=0.0",
+        ["config.mask_schedule.start: a mask ratio of 0.0 hides no patch"],
     ),
     "unknown patches": (f"{DIGITS} --config.loss.patches=hiden", ["config.loss.patches", "did you mean hidden?"]),
     "unknown dtype": (f"{DIGITS} --config.dtype=float16", ["config.dtype", "'float16'", "bfloat16"]),
@@ -630,7 +658,9 @@ def test_alone_it_lists_the_jobs(arguments, capsys):
 def test_help_says_what_a_job_reads_and_writes(job, flag, capsys):
     assert main([job, "--config=not looked at", flag]) == 0
     out = capsys.readouterr().out
-    first = {"import": "--from", "export": "--checkpoint", "verify": "--workdir", "sweep": "--sweep"}.get(job, "--config")
+    first = {"import": "--from", "export": "--checkpoint", "verify": "--workdir", "sweep": "--sweep"}.get(
+        job, "--config"
+    )
     assert out.startswith(f"usage: mae-jax {job} {first}=")
     assert "Reads" in out or "reads" in out
     assert "rites" in out

@@ -16,8 +16,10 @@ from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import fitting, models
 from mae_jax.model import classifier, cudnn, losses, masking, ops, targets
-from mae_jax.model.layers import POSITIONS, REMAT
+from mae_jax.model.layers import BLOCKS, REMAT
+from mae_jax.model.mae import MASK_TOKENS, Decoder
 from mae_jax.model.patches import grid_of
+from mae_jax.model.positions import POSITIONS
 from mae_jax.training import optim
 from mae_jax.training.checkpoint import FOLDER
 from mae_jax.training.loop import total_steps
@@ -48,6 +50,8 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
             "config.target.name": (config.target.name, targets.TARGETS),
             "config.loss.name": (config.loss.name or "l2", losses.LOSSES),
             "config.loss.patches": (config.loss.patches, losses.PATCHES),
+            "config.decoder.kind": (config.decoder.kind, BLOCKS),
+            "config.decoder.mask_tokens": (config.decoder.mask_tokens, MASK_TOKENS),
             "config.monitor.pool": (config.monitor.pool, classifier.POOLS),
         }
         | dtype_choice(config)
@@ -64,9 +68,37 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     wrong = image_size_problems(config)
     if not wrong:
         grid = grid_of(data.image_size, patch)
-        wrong = mask_problems(config, grid) + start_problems(config, grid)
-    problems += wrong
+        wrong = mask_problems(config, grid, config.loss.patches) + start_problems(config, grid)
+        wrong += head_problems(config.decoder, max(config.mask.ratio, config.mask_schedule.start or 0))
+    if config.mask.decoded != 1 and config.loss.patches == "all":
+        wrong.append("config.mask.decoded: is for a loss of hidden patches; leave it out, or config.loss.patches=all")
+    problems += wrong + decoder_problems(config)
     return problems + transformer_problems("encoder", config, 1) + transformer_problems("decoder", config, 0)
+
+
+def head_problems(decoder: ConfigDict | Decoder, ratio: float) -> list[str]:
+    """What is wrong with a decoder of no blocks where this ratio of the patches is hidden: a line, or none."""
+    if decoder.depth or decoder.mask_tokens == "encoder" or ratio <= 0:
+        return []
+    return [
+        "config.decoder.depth: 0 is a linear head on the latents of hidden patches, of which the encoder gives none; "
+        "set config.decoder.mask_tokens to encoder, or hide nothing (config.mask.ratio=0)"
+    ]
+
+
+def decoder_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with how mask tokens are decoded, one line each."""
+    encoder, decoder = config.encoder, config.decoder
+    from_encoder, blind = decoder.mask_tokens == "encoder", decoder.positions == "none" or not decoder.depth
+    problems = []
+    if decoder.kind == "cross" and from_encoder:
+        problems.append(
+            "config.decoder.kind: cross has mask tokens of its own; set config.decoder.mask_tokens to decoder"
+        )
+    if config.mask.ratio > 0 and blind and (encoder.positions == "none" if from_encoder else decoder.depth):
+        told = "config.encoder.positions" if from_encoder else "config.decoder.positions"
+        problems.append(f"{told}: none, so that nothing tells one hidden patch from another; give the mask tokens some")
+    return problems
 
 
 def target_problems(config: ConfigDict) -> list[str]:
@@ -154,6 +186,11 @@ def transformer_problems(group: str, config: ConfigDict, least: int) -> list[str
             f"config.{group}.width: {part.width} is not divisible by 4 (for its positions) and by "
             f"config.{group}.heads {part.heads}"
         )
+    elif part.positions == "rotary" and part.width // part.heads % 4:
+        problems.append(
+            f"config.{group}.positions: rotary needs heads of a width divisible by 4, not {part.width // part.heads}, "
+            f"which is config.{group}.width {part.width} over config.{group}.heads {part.heads}"
+        )
     elif config.dtype in DTYPES:
         problems += attention_problems(group, config)
     if part.depth < least:
@@ -178,9 +215,15 @@ def attention_problems(group: str, config: ConfigDict) -> list[str]:
     """What is wrong with config.encoder.attention, or decoder.attention, for the devices there are: a line, or none."""
     part = config[group]
     head = part.width // part.heads
-    if part.attention == "fused" and (reason := ops.no_kernel(config.dtype, head)):
+    biased = part.positions == "relative"
+    if part.attention == "fused" and (reason := ops.NO_BIAS if biased else ops.no_kernel(config.dtype, head)):
         return [f"config.{group}.attention: fused, but {reason}; use auto"]
-    if part.attention == "plain" or not cudnn.serves(config.dtype, head) or mesh_problems(jax.devices(), **config.mesh):
+    if (
+        biased
+        or part.attention == "plain"
+        or not cudnn.serves(config.dtype, head)
+        or mesh_problems(jax.devices(), **config.mesh)
+    ):
         return []
     tensor = mesh_shape(jax.device_count(), **config.mesh)[2]
     if part.heads % tensor == 0:
@@ -201,28 +244,40 @@ def seed_problems(config: ConfigDict) -> list[str]:
     return [] if 0 <= config.seed < 2**32 else [f"config.seed: {config.seed} is not between 0 and {2**32 - 1}"]
 
 
-def mask_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
-    """What is wrong with the numbers of config.mask for a `grid` of patches, one line each."""
+def mask_problems(config: ConfigDict, grid: tuple[int, int], patches: str) -> list[str]:
+    """What is wrong with the numbers of config.mask for a `grid` of patches, one line each.
+
+    Args:
+      patches: what the loss is of, config.loss.patches in training.
+    """
     (rows, cols), problems = grid, []
     try:
-        masking.visible_count(rows * cols, config.mask.ratio)
+        if masking.visible_count(rows * cols, config.mask.ratio) == rows * cols and patches == "hidden":
+            problems.append(
+                f"config.mask.ratio: {config.mask.ratio} hides no patch, but the loss is of hidden ones; give a ratio "
+                "above 0, or train with config.loss.patches=all"
+            )
     except ValueError as error:
-        problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that hides some and keeps some")
+        problems.append(f"config.mask.ratio: {error}; give a ratio between 0 and 1 that keeps some")
     if not 1 <= config.mask.unit < max(rows, cols, 2):
         problems.append(f"config.mask.unit: {config.mask.unit} is not from 1 on and smaller than {rows}x{cols} patches")
     if config.mask.temperature <= 0:
         problems.append(f"config.mask.temperature: {config.mask.temperature} is not above 0")
+    if not 0 < config.mask.decoded <= 1:
+        problems.append(f"config.mask.decoded: {config.mask.decoded} is not above 0, up to 1 (all hidden patches)")
     return problems
 
 
 def start_problems(config: ConfigDict, grid: tuple[int, int]) -> list[str]:
     """What is wrong with config.mask_schedule.start for a `grid` of patches: a line, or none."""
     try:
-        if config.mask_schedule.start is not None:
-            masking.visible_count(grid[0] * grid[1], config.mask_schedule.start)
-    except ValueError as error:
-        return [f"config.mask_schedule.start: {error}; give a ratio between 0 and 1, or leave it out"]
-    return []
+        start, patches = config.mask_schedule.start, grid[0] * grid[1]
+        if start is None or masking.visible_count(patches, start) < patches or config.loss.patches != "hidden":
+            return []
+        error = f"a mask ratio of {start} hides no patch, but the loss is of hidden ones"
+    except ValueError as wrong:
+        error = wrong
+    return [f"config.mask_schedule.start: {error}; give a ratio between 0 and 1, or leave it out"]
 
 
 def run_problems(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> list[str]:

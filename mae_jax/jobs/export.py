@@ -36,7 +36,8 @@ from mae_jax.jobs import classification, models
 from mae_jax.model.classifier import EPSILON
 from mae_jax.model.layers import EPSILON as ORIGINAL_EPSILON
 from mae_jax.model.mae import Decoder
-from mae_jax.model.patches import grid_of, position_rows
+from mae_jax.model.patches import grid_of
+from mae_jax.model.positions import position_rows
 from mae_jax.model.vit import ViT
 from mae_jax.training import checkpoint
 
@@ -45,6 +46,7 @@ FLAGS = (*REQUIRED, "part")
 PORTABLE = {"stablehlo": portable.stablehlo, "onnx": portable.onnx}
 FORMATS = ("huggingface", "original", "timm", "npz", *PORTABLE)
 PARTS = ("all", "encoder")
+WITH_A_TABLE = ("sincos", "learned")  # positions that every other world has
 SAID = ("mask", "target", "optim", "mixup", "head")  # groups of a config that a model card repeats
 
 
@@ -77,10 +79,20 @@ def check(kind: str, part: str) -> None:
 
 
 def check_target(path: str, config: Mapping, kind: str, part: str) -> None:
-    """Raise a CheckpointError where a decoder would go along that predicts what nobody expects there."""
-    target = config["target"]["name"] if "decoder" in config else "pixels"
-    if part == "all" and kind in ("huggingface", "original") and target not in ("pixels", "normalized_pixels"):
+    """Raise a CheckpointError where what would go along is something that nobody has there."""
+    positions, decoder = config["encoder"]["positions"], config.get("decoder")
+    if kind != "npz" and positions not in (*WITH_A_TABLE, "none"):  # none is a table of zeros
+        raise CheckpointError(f"{path}: its encoder has {positions} positions; export as npz or stablehlo")
+    if part != "all" or kind not in ("huggingface", "original") or not decoder:
+        return
+    target = config["target"]["name"]
+    if target not in ("pixels", "normalized_pixels"):
         raise CheckpointError(f"{path}: its decoder predicts {target}, not pixels; export --part=encoder, or as npz")
+    known = {"kind": ("self",), "mask_tokens": ("decoder",), "positions": WITH_A_TABLE}
+    others = [f"{key} {decoder[key]}" for key, words in known.items() if decoder[key] not in words]
+    others += ["depth 0"] * (decoder["depth"] == 0)
+    if others:
+        raise CheckpointError(f"{path}: its decoder has {', '.join(others)}; export --part=encoder, or as npz")
 
 
 def complete(config: dict) -> dict:
@@ -120,7 +132,8 @@ def parameters(path: str, config: Mapping, part: str, fold: bool) -> dict[str, n
     grid = grid_of(config["data"]["image_size"], config["encoder"]["patch_size"])
     for group in ("encoder", "decoder") if fold else ():
         if group in config and any(leaf.startswith(f"{group}/") for leaf in leaves):
-            leaves.setdefault(f"{group}/positions", position_rows(grid, config[group]["width"]))
+            fixed = position_rows(grid, config[group]["width"])
+            leaves.setdefault(f"{group}/positions", fixed * np.float32(config[group]["positions"] != "none"))
     return leaves
 
 
@@ -184,7 +197,7 @@ def check_norms(path: str, config: Mapping, leaves: Mapping, known: list[tuple[s
 def write_timm(path: str, config: Mapping, leaves: dict, part: str, file: Path) -> None:
     """A file that timm reads, and a line that says into which model."""
     check_norms(path, config, leaves, [("mean", True), ("cls", False), ("mean", False)])
-    for kept_here in ("decoder/", "target/", "pooler/"):
+    for kept_here in ("decoder/", "mask_token", "target/", "pooler/"):
         drop(leaves, kept_here)
     encoder, head = config["encoder"], config.get("head") if part == "all" else None
     size = config["data"]["image_size"]

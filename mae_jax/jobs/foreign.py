@@ -17,7 +17,8 @@ from mae_jax.interchange import huggingface, names, original, tensors
 from mae_jax.model import masking
 from mae_jax.model.classifier import Classifier
 from mae_jax.model.mae import MAE, Decoder
-from mae_jax.model.patches import grid_of, position_rows, resize_positions
+from mae_jax.model.patches import grid_of
+from mae_jax.model.positions import position_rows, resize_positions
 from mae_jax.model.vit import ViT
 
 # What a folder may hold its tensors in, the best first.
@@ -221,8 +222,8 @@ def resize(config: dict, params: dict, image_size: Sequence[int], positions: str
 
     Args:
       image_size: (H, W), divisible by the patches.
-      positions: "bicubic" interpolates them (`patches.resize_positions`) and "sincos" computes fixed ones anew; empty:
-        the first where they are learned, the second where they are fixed.
+      positions: "bicubic" interpolates them (`resize_positions`) and "sincos" computes fixed ones anew; empty: the
+        first where they are learned, the second where they are fixed.
 
     Raises:
       ConfigError: it does not divide.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +17,8 @@ from mae_jax.model import masking, targets
 from mae_jax.model.attention import attended
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.masking import Mask
-from mae_jax.model.patches import grid_of, position_rows, resize_positions
+from mae_jax.model.patches import grid_of
+from mae_jax.model.positions import RESIZE, position_rows
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
 from mae_jax.training import checkpoint
@@ -50,7 +51,8 @@ def example_images(config: Mapping) -> jax.ShapeDtypeStruct:
 def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
     """Fresh parameters of `model`: {"encoder": ..., "decoder": ...}, all float32. To be jitted, or for `eval_shape`.
 
-    Where the target is one that is fitted to images, zeros stand for that: {..., "target": ...}.
+    Where the encoder gets mask tokens, they are there too: {..., "mask_token": ...}. Where the target is one
+    that is fitted to images, zeros stand for that: {..., "target": ...}.
     """
     images = jnp.zeros(example_images(config).shape)
     grid = grid_of(images.shape[1:3], model.encoder.patch_size)
@@ -60,7 +62,7 @@ def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
     return params | ({"target": unfitted} if unfitted else {})
 
 
-def mask_of(model: MAE, config: Mapping, params: dict, images: jax.Array, noise: jax.Array) -> Mask:
+def mask_of(model: MAE, config: Mapping, params: dict, images: jax.Array, noise: Sequence[jax.Array]) -> Mask:
     """The mask that the encoder's own attention decides (`masking.guided`); no gradient goes through it.
 
     Args:
@@ -69,15 +71,14 @@ def mask_of(model: MAE, config: Mapping, params: dict, images: jax.Array, noise:
     """
     seen = attended(model.encoder, jax.lax.stop_gradient(params["encoder"]), images)
     grid = grid_of(images.shape[1:3], model.encoder.patch_size)
-    return masking.guided(noise, seen, grid, **config["mask"])
+    return masking.guided(*noise, seen, grid, **config["mask"])
 
 
-def mask_noise(config: Mapping, key: jax.Array, num: int) -> jax.Array:
-    """What is random in such a mask."""
-    units = masking.units_of(
-        grid_of(config["data"]["image_size"], config["encoder"]["patch_size"]), config["mask"]["unit"]
-    )
-    return masking.SAMPLERS[config["mask"]["name"]](key, num, units)
+def mask_noise(config: Mapping, key: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
+    """What is random in such a mask: which patches are hidden, and which of these are decoded."""
+    grid = grid_of(config["data"]["image_size"], config["encoder"]["patch_size"])
+    units = masking.units_of(grid, config["mask"]["unit"])
+    return masking.SAMPLERS[config["mask"]["name"]](key, num, units), masking.lots(key, num, grid)
 
 
 def load_config(path: str | Path, **unsaid) -> ConfigDict:
@@ -154,8 +155,9 @@ def averaged(path: str | Path, params: dict) -> dict:
 def encoder_to_start_from(config: ConfigDict) -> dict:
     """The parameters of config.init's encoder, as those of the encoder that `config` describes.
 
-    Learned positions begin as those of config.init, whether those are learned or fixed, resized where the grid of
-    patches is another; a final norm that is not wanted is left out.
+    Positions must be of the same kind, but that those of config.init may be fixed where learned ones begin with them;
+    what is learned of them is resized where the grid of patches is another. A final norm that is not wanted is left
+    out.
 
     Raises:
       CheckpointError: anything else is missing, unused or of another shape; all of it is listed.
@@ -165,13 +167,16 @@ def encoder_to_start_from(config: ConfigDict) -> dict:
     problems = []
     if encoder.heads != before.heads:  # which no shape would show
         problems.append(f"{config.init}: its encoder has {before.heads} heads, not {encoder.heads}")
-    if before.positions == "learned" and encoder.positions != "learned":
-        problems.append(f"{config.init}: unused: params/encoder/positions; set config.encoder.positions to learned")
+    if before.positions not in (encoder.positions, "sincos" if encoder.positions == "learned" else None):
+        problems.append(
+            f"{config.init}: its encoder has positions {before.positions}, not {encoder.positions}; "
+            f"set config.encoder.positions to {before.positions}"
+        )
     if problems:
         raise CheckpointError(problems)
     wanted = encoder_shapes(encoder, config)
     read = dict(wanted)
-    if before.positions == "learned":
+    if before.positions in RESIZE:
         read["positions"] = encoder_shapes(before, trained)["positions"]
     else:
         read.pop("positions", None)
@@ -181,6 +186,6 @@ def encoder_to_start_from(config: ConfigDict) -> dict:
     params = averaged(config.init, params)["encoder"]
     if "positions" in wanted:
         grids = [grid_of(c.data.image_size, c.encoder.patch_size) for c in (trained, config)]
-        fixed = position_rows(grids[0], encoder.width)
-        params["positions"] = jnp.asarray(resize_positions(np.asarray(params.get("positions", fixed)), *grids))
+        begin = params["positions"] if "positions" in params else position_rows(grids[0], encoder.width)
+        params["positions"] = jnp.asarray(RESIZE[encoder.positions](np.asarray(begin), *grids))
     return {name: params[name] for name in wanted}

@@ -169,8 +169,9 @@ def flops(config: ConfigDict) -> tuple[int, float]:
 
 def needed(model: MAE, config: ConfigDict) -> int:
     """FLOPs of one image in a training step, as `model.flops` counts them."""
-    data = config.data
-    return training_flops(model, data.image_size, data.channels, config.mask.ratio, config.loss.patches == "all")
+    data, mask = config.data, config.mask
+    every_patch = config.loss.patches == "all"
+    return training_flops(model, data.image_size, data.channels, mask.ratio, every_patch, mask.decoded)
 
 
 def memory_of(compiled: jax.stages.Compiled, state, batch, kept: int) -> Memory:

@@ -123,16 +123,16 @@ def with_mask(model: MAE, config: ConfigDict, params, drawn: dict) -> dict:
 
 
 def predict(model: MAE, target: Target, config: ConfigDict, params, masked: dict, every_patch: bool = False):
-    """The path of an image: predictions [N,L-K,T] of the hidden patches, and what they should be, f32[N,L-K,T].
+    """The path of an image: predictions [N,M,T] of the decoded patches, and what they should be, f32[N,M,T].
 
     Args:
       masked: a batch from `make_draw`, with `with_mask`.
-      every_patch: of all patches, row by row, not of the hidden ones alone.
+      every_patch: of all patches, row by row, not of hidden ones alone.
     """
     images, mask = normalize(masked["image"], **config.pixels), masked["mask"]  # uint8 to f32[N,H,W,C]
-    pred = model.apply({"params": params}, masked.get("seen", images), mask, every_patch)  # [N,L-K,T]
+    pred = model.apply({"params": params}, masked.get("seen", images), mask, every_patch)  # [N,M,T]
     want = target.encode(images, targets.fitted_of(params))  # [N,L,T]; of tokens their numbers, [N,L,1]
-    return pred, want if every_patch else masking.take(want, mask.hidden)
+    return pred, want if every_patch else masking.take(want, mask.decoded)
 
 
 def make_loss(model: MAE, target: Target, config: ConfigDict) -> Callable:
@@ -159,14 +159,16 @@ def evaluation(
 ) -> Hook:
     """A hook that measures eval/loss on held-out images, always under the same masks.
 
-    eval/baseline_loss beside it is that of predicting each patch by the mean, over the training images, of the targets
-    at its position, or by how often each token is there: what can be had without looking at the visible patches.
+    All hidden patches count, whatever share of them is decoded in training. eval/baseline_loss beside it is that of
+    predicting each patch by the mean, over the training images, of the targets at its position, or by how often each
+    token is there: what can be had without looking at the visible patches.
 
     Args:
       every: steps between evaluations; 0: only at the end.
       images: use only so many images of the held-out split, and of the training split for the baseline.
     """
     sharding = batch_sharding(run.mesh)
+    config = ConfigDict({**config, "mask": {**config.mask, "decoded": 1.0}})
     draw = make_draw(model, config)
     loss, every_patch = losses.make(target.loss, **config.loss)
     baseline = None  # f32[L,T]

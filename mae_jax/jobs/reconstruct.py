@@ -26,6 +26,7 @@ from mae_jax.errors import ConfigError
 from mae_jax.files import make_workdir, write_json, write_picture
 from mae_jax.jobs import checks, models, panels
 from mae_jax.model import masking
+from mae_jax.model.mae import Decoder
 from mae_jax.model.patches import grid_of
 
 WRITES_WORKDIR = True
@@ -75,9 +76,11 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
     config, trained, problems = checks.complete_for_trained(config, SCHEMA, VALUES, own_problems)
     if "decoder" not in trained:
         raise ConfigError([*problems, f"config.init: {config.init} holds no decoder; name a run of pretrain"])
-    problems += checks.mask_problems(config, grid_of(trained.data.image_size, trained.encoder.patch_size))
-    trained.mask = config.mask
     trained = ConfigDict({"loss": {}, "noise": {"std": 0.0}, **trained})  # of one made elsewhere, or before there were
+    grid = grid_of(trained.data.image_size, trained.encoder.patch_size)
+    problems += checks.mask_problems(config, grid, trained.loss.get("patches", "hidden"))
+    problems += checks.head_problems(Decoder(0, **trained.decoder), config.mask.ratio)
+    trained.mask = config.mask
     data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:
         data = dataclasses.replace(data, source="files", path=config.images)

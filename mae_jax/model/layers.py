@@ -7,15 +7,13 @@ pass keeps its input in float32 anyway, so that a narrower stream would save no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mae_jax.model import native, ops
-from mae_jax.model.patches import position_rows
+from mae_jax.model.positions import Relation
 
 
 class Dense(nn.Module):
@@ -37,9 +35,10 @@ class Dense(nn.Module):
         kernel, bias = self.weights(x.shape[-1])
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         out = checkpoint_name(ops.linear(rows, kernel[:, columns], bias[columns]), ops.PRODUCT)
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], out.shape[1])
 
 
+NO_RELATION = Relation()  # of tokens whose positions attention has nothing to do with
 EPSILON = 1e-6  # of the variance in a LayerNorm, as in the original code; PyTorch's default is 1e-5
 
 
@@ -57,25 +56,6 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(rows, scale, bias, self.epsilon).astype(self.dtype).reshape(x.shape)
 
 
-# What tells a token where its patch sits: fixed sines and cosines, or a parameter that begins as these.
-POSITIONS = ("sincos", "learned")
-
-
-def position_table(module: nn.Module, kind: str, grid: Sequence[int], width: int) -> jax.Array:
-    """What `module` adds to the tokens of the patches of a `grid` = (rows, columns), and to cls before them.
-
-    Args:
-      kind: one of `POSITIONS`. "learned" is a parameter "positions" of the module, and ties it to this grid.
-
-    Returns:
-      f32[1,1+L,width]; the first row is that of cls, which is zero unless it is learned.
-    """
-    if kind not in POSITIONS:
-        raise ValueError(f"positions are one of {', '.join(POSITIONS)}, not {kind!r}")
-    fixed = jnp.asarray(position_rows(grid, width))
-    return module.param("positions", lambda key: fixed) if kind == "learned" else fixed
-
-
 class Attention(nn.Module):
     """Multi-head self-attention. Queries come from the tokens from `first` on, keys and values from all.
 
@@ -87,18 +67,46 @@ class Attention(nn.Module):
     kind: str = "auto"  # of `ops.ATTENTION`
 
     @nn.compact
-    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
+    def __call__(self, x: jax.Array, first: int = 0, relation: Relation = NO_RELATION) -> jax.Array:
         n, tokens, width = x.shape
-
         qkv = Dense(3 * width, self.dtype, name="qkv")
-        q = qkv(x[:, first:], slice(width)).reshape(n, tokens - first, self.heads, -1)
-        if native.serves(q):  # one large product
-            kv = qkv(x, slice(width, None)).reshape(n, tokens, 2, self.heads, -1)
-        else:  # two, or a mesh's tensor axis would have the keys on one device and the values on another
-            k, v = (qkv(x, slice(i * width, (i + 1) * width)).reshape(n, tokens, self.heads, -1) for i in (1, 2))
-            kv = jnp.stack([k, v], axis=2)
-        x = ops.attention(q, kv, self.kind).reshape(n, tokens - first, width)
+        q = qkv(x[:, first:], slice(width)).reshape(n, tokens - first, self.heads, width // self.heads)
+        x = attend(q, keys_and_values(qkv, x, width, self.heads), self.kind, relation)
         return Dense(width, self.dtype, name="out")(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of `x` to other tokens of any width: [N,Q,D], [N,T,E] -> [N,Q,D]."""
+
+    heads: int
+    dtype: str = "float32"
+    kind: str = "auto"  # of `ops.ATTENTION`
+
+    @nn.compact
+    def __call__(self, x: jax.Array, others: jax.Array, relation: Relation = NO_RELATION) -> jax.Array:
+        n, queries, width = x.shape
+        q = Dense(width, self.dtype, name="q")(x).reshape(n, queries, self.heads, width // self.heads)
+        kv = keys_and_values(Dense(2 * width, self.dtype, name="kv"), others, 0, self.heads)
+        return Dense(width, self.dtype, name="out")(attend(q, kv, self.kind, relation))
+
+
+def keys_and_values(layer: Dense, x: jax.Array, start: int, heads: int) -> jax.Array:
+    """The columns of `layer` from `start` on, of tokens [N,T,D]: [N,T,2,heads,d]."""
+    n, tokens, _ = x.shape
+    if native.serves(x):  # one large product
+        return layer(x, slice(start, None)).reshape(n, tokens, 2, heads, -1)
+    # two, or a mesh's tensor axis would have the keys on one device and the values on another
+    width = (layer.features - start) // 2
+    columns = (slice(start + i * width, start + (i + 1) * width) for i in (0, 1))
+    k, v = (layer(x, part).reshape(n, tokens, heads, -1) for part in columns)
+    return jnp.stack([k, v], axis=2)
+
+
+def attend(q: jax.Array, kv: jax.Array, kind: str, relation: Relation) -> jax.Array:
+    """`ops.attention` of tokens that stand in a `relation`: [N,Q,heads,d], [N,T,2,heads,d] -> [N,Q,heads*d]."""
+    n, queries, heads, d = q.shape
+    q, kv = relation.rotated(q, kv)
+    return ops.attention(q, kv, kind, relation.bias).reshape(n, queries, heads * d)
 
 
 class MLP(nn.Module):
@@ -130,20 +138,51 @@ class Block(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array, first: int = 0, paths: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, first: int = 0, paths: jax.Array | None = None, relation: Relation = NO_RELATION
+    ) -> jax.Array:
         """Compute f32[N,M,D] -> f32[N,M-first,D].
 
         Args:
           paths: f32[N,2], what each sample's attention and its MLP are multiplied by; see `ViT.draw_paths`.
+          relation: of the tokens from `first` on to all.
         """
         normal = LayerNorm(self.dtype, self.epsilon, name="attention_norm")(x)
-        branch = Attention(self.heads, self.dtype, self.attention, name="attention")(normal, first)
+        branch = Attention(self.heads, self.dtype, self.attention, name="attention")(normal, first, relation)
         x = x[:, first:] + (branch if paths is None else branch * paths[:, :1, None].astype(branch.dtype))
-        normal = LayerNorm(self.dtype, self.epsilon, name="mlp_norm")(x)
-        branch = MLP(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(normal)
+        branch = mlp_branch(self, x)
         return x + (branch if paths is None else branch * paths[:, 1:, None].astype(branch.dtype))
 
 
+class CrossBlock(nn.Module):
+    """Pre-norm block whose tokens attend to other tokens and not to one another: f32[N,Q,D], [N,T,E] -> f32[N,Q,D].
+
+    Attributes:
+      epsilon: of the LayerNorms; the others are taken as they are.
+      attention: one of `ops.ATTENTION`.
+    """
+
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: str = "float32"
+    epsilon: float = EPSILON
+    attention: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, others: jax.Array, relation: Relation = NO_RELATION) -> jax.Array:
+        normal = LayerNorm(self.dtype, self.epsilon, name="attention_norm")(x)
+        x = x + CrossAttention(self.heads, self.dtype, self.attention, name="attention")(normal, others, relation)
+        return x + mlp_branch(self, x)
+
+
+def mlp_branch(block: Block | CrossBlock, x: jax.Array) -> jax.Array:
+    """The norm and the MLP of a block."""
+    normal = LayerNorm(block.dtype, block.epsilon, name="mlp_norm")(x)
+    return MLP(int(x.shape[-1] * block.mlp_ratio), block.dtype, name="mlp")(normal)
+
+
+# What tokens attend to: one another, or other tokens alone.
+BLOCKS = {"self": Block, "cross": CrossBlock}
 # What is kept of a block until its backward pass; all else is computed a second time then. "none": all that is needed;
 # "dots": the results of matrix products, but not attention's; "full": nothing but what went in.
 REMAT = {
@@ -153,12 +192,15 @@ REMAT = {
 }
 
 
-def block_of(remat: str) -> type[nn.Module]:
-    """`Block`, rematerialised as the row of `REMAT` says; parameters, their names and values are the same.
+def block_of(remat: str, kind: str = "self") -> type[nn.Module]:
+    """A row of `BLOCKS`, rematerialised as the row of `REMAT` says; parameters, their names and values are the same.
 
     Raises:
       ValueError: there is no such row.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat is one of {', '.join(REMAT)}, not {remat!r}")
-    return Block if remat == "none" else nn.remat(Block, static_argnums=(2,), policy=REMAT[remat])
+    for name, word, table in (("remat", remat, REMAT), ("kind", kind, BLOCKS)):
+        if word not in table:
+            raise ValueError(f"{name} is one of {', '.join(table)}, not {word!r}")
+    if remat == "none":
+        return BLOCKS[kind]
+    return nn.remat(BLOCKS[kind], static_argnums=(2,) if kind == "self" else (), policy=REMAT[remat])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,14 +15,20 @@ from mae_jax.model.samplers import GUIDED, SAMPLERS
 
 @struct.dataclass
 class Mask:
-    """The patches of each sample, split in two: K stay visible, L-K are hidden.
+    """The patches of each sample, split in two: K stay visible, L-K are hidden; M of these are decoded in training.
 
-    Both fields index patches, in the order in which the model sees them, so that static shapes and gathers are
+    Its arrays index patches, in the order in which the model sees them, so that static shapes and gathers are
     all that masking needs.
     """
 
     visible: jax.Array  # i32[N,K]
     hidden: jax.Array  # i32[N,L-K]
+    skipped: int = struct.field(pytree_node=False, default=0)  # L-K-M: so many hidden ones, the first, are not decoded
+
+    @property
+    def decoded(self) -> jax.Array:
+        """i32[N,M]: the last of the hidden patches."""
+        return self.hidden[:, self.skipped :]
 
     @property
     def order(self) -> jax.Array:
@@ -42,12 +49,24 @@ class Mask:
 def visible_count(num_patches: int, ratio: float) -> int:
     """K = int(L * (1 - ratio)), truncated in floating point exactly as the original code does.
 
-    >>> visible_count(196, 0.75), visible_count(100, 0.9)
-    (49, 9)
+    >>> visible_count(196, 0.75), visible_count(100, 0.9), visible_count(196, 0.0)
+    (49, 9, 196)
     """
     count = int(num_patches * (1 - ratio))
-    if not 0 < count < num_patches:
+    if not 0 < count <= num_patches:
         raise ValueError(f"a mask ratio of {ratio} leaves {count} of {num_patches} patches visible")
+    return count
+
+
+def decoded_count(num_hidden: int, share: float) -> int:
+    """M, the least number of hidden patches that is no smaller than this share of them.
+
+    >>> decoded_count(147, 0.25), decoded_count(147, 1.0)
+    (37, 147)
+    """
+    count = math.ceil(num_hidden * share)
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of {share} is {count} of {num_hidden} hidden patches")
     return count
 
 
@@ -88,22 +107,39 @@ def sample(
     ratio: float = 0.75,
     unit: int = 1,
     temperature: float = 1.0,
+    decoded: float = 1.0,
 ) -> Mask:
     """Masks for `num` samples of `grid` = (rows, columns) patches, one independent draw per sample.
 
     Args:
       name: a row of `SAMPLERS`. The rows of `GUIDED` are `random` here; see `guided`.
-      ratio: the share of patches to hide, strictly between 0 and 1.
+      ratio: the share of patches to hide, below 1; with 0 all are visible.
       unit: patches are hidden in squares of `unit` x `unit`, less at the lower and right border where that does not
         divide (SimMIM, arXiv 2111.09886, hides 32 pixels where a patch has 16). K is the same as for single patches,
         so that one square of each sample may be hidden in part.
       temperature: of the rows of `GUIDED`: how far they are from hiding what is attended to most, or least, for sure.
+      decoded: the share of the hidden patches, above 0, that the decoder predicts in training, drawn at random whatever
+        the sampler (CrossMAE, arXiv 2401.14391, section 3.3).
     """
-    return from_scores(_of_patches(SAMPLERS[name](key, num, units_of(grid, unit)), grid, unit), ratio)
+    mask = from_scores(_of_patches(SAMPLERS[name](key, num, units_of(grid, unit)), grid, unit), ratio)
+    return mask if decoded == 1 else some_decoded(mask, lots(key, num, grid), decoded)
+
+
+def lots(key: jax.Array, num: int, grid: Sequence[int]) -> jax.Array:
+    """What decides which hidden patches are decoded, f32[num,L]; no sampler draws the same from this key."""
+    return jax.random.uniform(jax.random.fold_in(key, 1), (num, grid[0] * grid[1]))
+
+
+def some_decoded(mask: Mask, lots: jax.Array, share: float) -> Mask:
+    """The same mask, of whose hidden patches a share is decoded: those of the highest `lots` f32[N,L]."""
+    order = jnp.argsort(jnp.take_along_axis(lots, mask.hidden, axis=1), axis=1)
+    hidden = jnp.take_along_axis(mask.hidden, order, axis=1)
+    return Mask(mask.visible, hidden, skipped=hidden.shape[1] - decoded_count(hidden.shape[1], share))
 
 
 def guided(
     noise: jax.Array,
+    lots: jax.Array,
     attended: jax.Array,
     grid: Sequence[int],
     *,
@@ -111,6 +147,7 @@ def guided(
     ratio: float = 0.75,
     unit: int = 1,
     temperature: float = 1.0,
+    decoded: float = 1.0,
 ) -> Mask:
     """Masks that hide what is attended to most, or least.
 
@@ -118,16 +155,18 @@ def guided(
 
     Args:
       noise: `SAMPLERS[name](key, num, units_of(grid, unit))`.
+      lots: `lots(key, num, grid)`.
       attended: f32[N,L], above 0: how much each patch is.
       name: a row of `GUIDED`.
-      ratio, unit, temperature: as in `sample`.
+      ratio, unit, temperature, decoded: as in `sample`.
     """
     (rows, cols), n = units_of(grid, unit), len(attended)
     missing = [(0, 0), (0, rows * unit - grid[0]), (0, cols * unit - grid[1])]
     cut = lambda x: jnp.pad(x.reshape(-1, *grid), missing).reshape(-1, rows, unit, cols, unit)  # noqa: E731
     mean = cut(attended).sum(axis=(2, 4)) / cut(jnp.ones((1, *attended.shape[1:]))).sum(axis=(2, 4))
     scores = noise + GUIDED[name] / temperature * jnp.log(mean.reshape(n, -1))
-    return from_scores(_of_patches(scores, grid, unit), ratio)
+    mask = from_scores(_of_patches(scores, grid, unit), ratio)
+    return mask if decoded == 1 else some_decoded(mask, lots, decoded)
 
 
 def units_of(grid: Sequence[int], unit: int) -> tuple[int, int]:

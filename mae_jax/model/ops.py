@@ -164,56 +164,65 @@ def no_kernel(dtype, head: int) -> str | None:
     )
 
 
-def attention(q, kv, kind="auto"):
-    """softmax(q k^T / sqrt(d)) v of each head: queries [N,Q,heads,d], keys and values [N,T,2,heads,d] -> [N,Q,heads,d].
+NO_BIAS = "no kernel adds a bias to the scores, as relative positions do"
+
+
+def attention(q, kv, kind="auto", bias=None):
+    """softmax(q k^T / sqrt(d) + bias) v of each head: [N,Q,heads,d], [N,T,2,heads,d] -> [N,Q,heads,d].
 
     The softmax is float32 for any dtype.
 
     Args:
+      q, kv: queries, and keys and values.
       kind: one of `ATTENTION`.
+      bias: f32[N,heads,Q,T], or f32[1,heads,Q,T] for all samples; no kernel takes one. None: zeros.
 
     Raises:
       ValueError: there is no such kind, or it is "fused", and there is no kernel for that.
     """
     if kind not in ATTENTION:
         raise ValueError(f"attention is one of {', '.join(ATTENTION)}, not {kind!r}")
-    if kind == "fused" and (reason := no_kernel(q.dtype, q.shape[-1])):
+    if kind == "fused" and (reason := NO_BIAS if bias is not None else no_kernel(q.dtype, q.shape[-1])):
         raise ValueError(f"attention cannot be fused: {reason}")
+    if bias is not None:
+        return _attention(q, kv, jnp.broadcast_to(bias.astype(jnp.float32), (q.shape[0], *bias.shape[1:])), "plain")
     if kind != "plain" and cudnn.serves(q.dtype, q.shape[-1]):
         return cudnn.attention(q, kv)
-    return _attention(q, kv, kind)
+    return _attention(q, kv, None, kind)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attention(q, kv, kind):
-    return _attention_forward(q, kv, kind)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(q, kv, bias, kind):
+    return _attention_forward(q, kv, bias, kind)[0]
 
 
-def _attention_forward(q, kv, kind):
+def _attention_forward(q, kv, bias, kind):
     if kind != "plain" and native.serves(q, kv):  # there the softmax is computed again, from the logarithms of its sums
         n, tokens, heads, _ = q.shape
         out, logsum = native.call("attention", (q.shape, (n, heads, tokens)), q, kv)
         return out, (q, kv, out, logsum)
     q, (k, v) = q.swapaxes(1, 2), kv.transpose(2, 0, 3, 1, 4)  # [N,heads,Q,d], twice [N,heads,T,d]
     scores = _contract(q * q.shape[-1] ** -0.5, k, 3, 3, (0, 1))  # f32[N,heads,Q,T]
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return _contract(weights, v, 3, 2, (0, 1)).astype(q.dtype).swapaxes(1, 2), (q, k, v, weights)
+    weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1).astype(q.dtype)
+    biased = None if bias is None else ()  # a tree without leaves
+    return _contract(weights, v, 3, 2, (0, 1)).astype(q.dtype).swapaxes(1, 2), (q, k, v, weights, biased)
 
 
 def _attention_backward(kind, saved, g):
     q, kv, *_ = saved
     if kv.ndim == 5:  # keys and values together, as C++ has kept them
-        return native.call("attention_gradient", (q.shape, kv.shape), *saved, g)
-    q, k, v, weights = saved
+        return *native.call("attention_gradient", (q.shape, kv.shape), *saved, g), None
+    q, k, v, weights, biased = saved
     g = g.swapaxes(1, 2)
     dv = _contract(weights, g, 2, 2, (0, 1)).astype(v.dtype)
     dweights = _contract(g, v, 3, 3, (0, 1))
     product = weights * dweights
-    dscores = (product - weights * product.sum(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
-    dscores = dscores.astype(q.dtype)
+    dbias = product - weights * product.sum(axis=-1, keepdims=True)
+    dscores = (dbias * q.shape[-1] ** -0.5).astype(q.dtype)
     dq = _contract(dscores, k, 3, 2, (0, 1)).astype(q.dtype)
     dk = _contract(dscores, q, 2, 2, (0, 1)).astype(k.dtype)
-    return dq.swapaxes(1, 2), jnp.stack([dk, dv]).transpose(1, 3, 0, 2, 4)
+    dkv = jnp.stack([dk, dv]).transpose(1, 3, 0, 2, 4)
+    return dq.swapaxes(1, 2), dkv, None if biased is None else dbias
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.model.layers import EPSILON, Dense, LayerNorm, block_of, position_table
+from mae_jax.model import positions
+from mae_jax.model.layers import EPSILON, Dense, LayerNorm, block_of
 from mae_jax.model.masking import take
 from mae_jax.model.patches import grid_of, patchify
 
@@ -38,8 +41,8 @@ class ViT(nn.Module):
       depth: number of transformer blocks.
       heads: attention heads per block.
       mlp_ratio: hidden width of each block's MLP, in units of D.
-      positions: a kind of `layers.position_table`. "learned" ones tie the encoder to one size of images
-        (`patches.resize_positions`).
+      positions: a row of `positions.POSITIONS`. Those that are learned tie the encoder to one size of images
+        (`positions.RESIZE`).
       drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first, as in timm; only for
         the `draw_paths` that training passes on.
       epsilon: of the LayerNorms; what some of Hugging Face's models have is 1e-12.
@@ -64,31 +67,44 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, visible: jax.Array | None = None, paths: jax.Array | None = None
+        self,
+        images: jax.Array,
+        visible: jax.Array | None = None,
+        paths: jax.Array | None = None,
+        hidden: jax.Array | None = None,
+        mask_token: jax.Array | None = None,
     ) -> jax.Array:
         """Encode images f32[N,H,W,C] (already normalised), or only their patches `visible` i32[N,K].
 
         Args:
           paths: from `draw_paths`; None: every sample takes part in everything.
+          hidden: i32[N,M], patches that go along as `mask_token` f32[1,1,D], in place of their embedding (paper, table
+            1c). It is a parameter of whoever passes it, and not of the encoder, which is used without it later.
 
         Returns:
           [N,1+K,D], float32 without `final_norm` and else of `dtype`: the cls token, then the tokens of the visible
-          patches in the order of `visible`; of all L patches, row by row, when `visible` is None.
+          patches in the order of `visible`; of all L patches, row by row, when `visible` is None. With `hidden`,
+          [N,1+K+M,D]: those of the hidden ones come last.
         """
         x = patchify(images, self.patch_size)  # [N,L,P*P*C]
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        table = position_table(self, self.positions, grid_of(images.shape[1:3], self.patch_size), self.width)
-        cls, positions = cls + table[:, :1], table[:, 1:]
+        grid = grid_of(images.shape[1:3], self.patch_size)
+        where = positions.make(self.positions, partial(self.param, "positions"), grid, self.width, self.heads)
+        tokens = None  # all, in order
         if visible is not None:  # cut before embedding: hidden pixels are never read
             x = take(x, visible)  # [N,K,P*P*C]
-            positions = positions[0, visible]  # [N,K,D]
+            tokens = positions.with_cls(visible)  # i32[N,1+K]
         x = Dense(self.width, self.dtype, torch_bias(x.shape[-1]), name="patch_embedding")(x)
-        x = x + positions  # float32 from here on, as in every residual stream
-        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
+        x = [jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x]
+        if hidden is not None:
+            x += [jnp.broadcast_to(mask_token, (*hidden.shape, self.width))]
+            tokens = jnp.concatenate([tokens, 1 + hidden], axis=1)  # i32[N,1+K+M]
+        x = where.add(jnp.concatenate(x, axis=1), tokens)  # float32 from here on, as in every residual stream
         options = (self.heads, self.mlp_ratio, self.dtype, self.epsilon, self.attention)
+        relation = where.between(tokens, tokens)
         for i in range(self.depth):
             block = block_of(self.remat)(*options, name=f"block_{i}")
-            x = block(x, 0, None if paths is None else paths[:, i])
+            x = block(x, 0, None if paths is None else paths[:, i], relation)
         return LayerNorm(self.dtype, self.epsilon, name="norm")(x) if self.final_norm else x
 
     @nn.nowrap

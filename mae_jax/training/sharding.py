@@ -31,8 +31,8 @@ BATCH_AXES = ("data", "fsdp")  # the batch is split over both
 # for its moments and its moving average, whose paths end in the parameter's. Kernels are [inputs, outputs].
 RULES = (
     # the first layer of two: a device has the outputs of some heads or hidden units ...
-    (r"(attention/qkv|mlp/in)/kernel", P("fsdp", "tensor")),
-    (r"(attention/qkv|mlp/in)/bias", P("tensor")),
+    (r"(attention/(qkv|q|kv)|mlp/in)/kernel", P("fsdp", "tensor")),
+    (r"(attention/(qkv|q|kv)|mlp/in)/bias", P("tensor")),
     # ... and the second layer takes them as its inputs, so that only its sums are sent
     (r"(attention|mlp)/out/kernel", P("tensor", "fsdp")),
     # layers that stand alone: the model's width is what is split, as it is what divides

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mae_jax.model.patches import normalize, patchify, sincos_positions
+from mae_jax.model.patches import normalize, patchify
+from mae_jax.model.positions import sincos_positions
 
 NORM = {"epsilon": 1e-6}
 

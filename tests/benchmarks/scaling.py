@@ -25,7 +25,6 @@ import sys
 import time
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,53 +35,16 @@ from step import load, ours, repeated, seconds_of, training_step
 from mae_jax.jobs import models
 from mae_jax.model import native
 from mae_jax.model.flops import training_flops
-from mae_jax.model.layers import Block, Dense, LayerNorm
-from mae_jax.model.mae import Decoder
-from mae_jax.model.masking import Mask, take, visible_count
-from mae_jax.model.patches import grid_of, patchify, sincos_positions
-from mae_jax.model.vit import SIZES, ViT, torch_bias
+from mae_jax.model.mae import MAE
+from mae_jax.model.masking import visible_count
+from mae_jax.model.patches import grid_of
+from mae_jax.model.vit import SIZES
 from mae_jax.training.sharding import batch_sharding, make_mesh
 
 BATCHES = (64, 128, 256)
 RATIOS = (0.5, 0.75, 0.9)
 MESHES = {"1": {}, "data=8": {"data": 8}, "fsdp=8": {"fsdp": 8}, "fsdp=4, tensor=2": {"fsdp": 4, "tensor": 2}}
 PAPER = {"FLOPs": 3.3, "time": 2.8}  # of an encoder with mask tokens, in units of MAE's: table 1c
-
-
-class WithMaskTokens(nn.Module):
-    """MAE, but its encoder sees all patches: the hidden ones as a learned token that takes their embedding's place.
-
-    The decoder's blocks see as many tokens as MAE's and compute as many, but it adds none of its own.
-
-    Attributes:
-      encoder, decoder: those of MAE, for their sizes alone.
-    """
-
-    encoder: ViT
-    decoder: Decoder
-
-    @nn.compact
-    def __call__(self, images: jax.Array, mask: Mask) -> jax.Array:
-        """Predict the hidden patches, f32[N,L-K,T], of images f32[N,H,W,C]."""
-        encoder, decoder = self.encoder, self.decoder
-        token_init = nn.initializers.normal(0.02)
-        grid = grid_of(images.shape[1:3], encoder.patch_size)
-        x = patchify(images, encoder.patch_size)  # [N,L,P*P*C]
-        x = Dense(encoder.width, bias_init=torch_bias(x.shape[-1]), name="patch_embedding")(x)
-        mask_token = self.param("mask_token", token_init, (1, 1, encoder.width))
-        x = jnp.where(mask.removed[:, :, None] > 0, mask_token, x) + sincos_positions(grid, encoder.width)[None]
-        cls = self.param("cls_token", token_init, (1, 1, encoder.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, encoder.width)), x], axis=1)  # [N,1+L,D]
-        for i in range(encoder.depth):
-            x = Block(encoder.heads, encoder.mlp_ratio, name=f"encoder_{i}")(x)
-        x = Dense(decoder.width, name="decoder_embedding")(LayerNorm(name="encoder_norm")(x))
-        # visible first, as in Decoder, so that the last block computes the hidden tokens alone here too
-        patches = take(x[:, 1:] + sincos_positions(grid, decoder.width)[None], mask.order)
-        x = jnp.concatenate([x[:, :1], patches], axis=1)
-        for i in range(decoder.depth):
-            first = 1 + mask.visible.shape[1] if i == decoder.depth - 1 else 0
-            x = Block(decoder.heads, decoder.mlp_ratio, name=f"decoder_{i}")(x, first)
-        return Dense(decoder.target_width, name="head")(LayerNorm(name="decoder_norm")(x))
 
 
 def configured(setup, changes):
@@ -230,7 +192,7 @@ def tokens(given):
     sizes = {f"encoder.{key}": value for key, value in SIZES["L"].items()} | {"encoder.depth": given.depth}
     config = configured("B", {"data.batch_size": 8, "decoder.depth": blocks, **sizes})
     mae, _ = models.build(config)
-    compared = {"MAE": mae, "mask tokens": WithMaskTokens(mae.encoder, mae.decoder)}
+    compared = {"MAE": mae, "mask tokens": MAE(mae.encoder, mae.decoder.clone(mask_tokens="encoder"))}
     flops = {}
     for name, model in compared.items():
         with native.unused():  # XLA cannot count what C++ does

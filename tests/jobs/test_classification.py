@@ -94,7 +94,7 @@ def test_what_no_shape_tells_of_an_encoder_is_compared_too(pretrained, tuned, tm
     )
     tools.refused(capsys, code, 4, "2 heads, not 8")
     code = tools.run("finetune", tmp_path / "b", f"--config.init={tuned}", "--config.encoder.positions=sincos")
-    tools.refused(capsys, code, 4, "unused: params/encoder/positions")
+    tools.refused(capsys, code, 4, "positions learned, not sincos; set config.encoder.positions to learned")
     assert not list(tmp_path.iterdir())
 
 

@@ -16,9 +16,9 @@ from mae_jax.config import load as load_recipe
 from mae_jax.config import to_json
 from mae_jax.data.sources import digits
 from mae_jax.errors import CheckpointError
-from mae_jax.jobs import classification, export, finetune
+from mae_jax.jobs import classification, export, finetune, models, pretrain
 from mae_jax.model import losses, masking, targets
-from mae_jax.model.patches import sincos_positions
+from mae_jax.model.positions import POSITIONS, sincos_positions
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.loop import State
 
@@ -488,3 +488,46 @@ def test_any_classifier_is_the_same_elsewhere_or_refused(
             told = capsys.readouterr().out.splitlines()
             wrong += [f"{kind}: another function"] * (not any("note " in line and "cls" in line for line in told))
     assert not wrong
+
+
+@pytest.mark.parametrize("kind", [kind for kind in POSITIONS if kind not in ("sincos", "learned")])
+def test_positions_that_others_have_no_table_for_are_refused_there_and_run_alone(
+    kind, classifier_config, tmp_path, tools, capsys
+):
+    run = write_random(tmp_path / "run", classifier_config, **{"encoder.positions": kind})
+    images = images_of(run)
+    if kind == "none":  # a table of zeros
+        exported(run, "timm", tmp_path / "out.safetensors")
+        back = imported(tmp_path / "out.safetensors", tmp_path / "back", "--heads=2")
+        np.testing.assert_allclose(logits_of(back, images), logits_of(run, images), rtol=0, atol=1e-4)
+    else:
+        for world in ("huggingface", "timm", "original"):
+            code = main(["export", f"--checkpoint={run}", f"--format={world}", f"--out={tmp_path}/out"])
+            tools.refused(capsys, code, 4, f"its encoder has {kind} positions; export as npz or stablehlo")
+    forward = jax.export.deserialize(bytearray(exported(run, "stablehlo", tmp_path / "file").read_bytes()))
+    np.testing.assert_allclose(forward.call(images), logits_of(run, images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"kind": "cross"}, "kind cross"),
+        ({"mask_tokens": "encoder", "depth": 0}, "mask_tokens encoder, depth 0"),
+        ({"positions": "rotary"}, "positions rotary"),
+    ],
+)
+def test_decoders_that_others_do_not_have_stay_here(changes, words, tmp_path, tools, capsys):
+    config, _, _ = pretrain.check(load_recipe("configs/pretrain.py:digits,tiny")[0])
+    config.decoder.update(changes)
+    model, _ = models.build(config)
+    params = jax.jit(lambda: models.init(model, config, jax.random.key(0)))()
+    checkpoints = Checkpoints(tmp_path / "run", to_json(config))
+    checkpoints.save(State(np.int32(1), opt_state=(), params=params, stats={}, ema={}), 1)
+    checkpoints.close()
+    for world in ("huggingface", "original"):
+        code = main(["export", f"--checkpoint={tmp_path}/run", f"--format={world}", f"--out={tmp_path}/out"])
+        tools.refused(capsys, code, 4, f"its decoder has {words}; export --part=encoder, or as npz")
+    tensors = safetensors.numpy.load_file(exported(tmp_path / "run", "timm", tmp_path / "out.safetensors"))
+    assert not [name for name in tensors if name.startswith(("decoder", "mask"))]
+    with np.load(exported(tmp_path / "run", "npz", tmp_path / "out.npz")) as file:
+        assert ("mask_token" in file) == (changes.get("mask_tokens") == "encoder")

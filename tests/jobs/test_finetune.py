@@ -12,7 +12,7 @@ import pytest
 import mae_jax
 from mae_jax.config import complete, load
 from mae_jax.jobs import checks, classification, finetune, models
-from mae_jax.model.patches import sincos_positions
+from mae_jax.model.positions import sincos_positions
 from mae_jax.model.vit import SIZES
 from mae_jax.training import metrics, optim
 from mae_jax.training.loop import total_steps

@@ -1,4 +1,4 @@
-"""Every mask, target and loss through whole jobs; what a target is fitted to is found once and kept."""
+"""Every mask, target, loss and decoder through whole jobs; what a target is fitted to is found once and kept."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from mae_jax.jobs import fitting, models, pretrain
 from mae_jax.model.losses import PATCHES
 from mae_jax.model.masking import SAMPLERS
 from mae_jax.model.patches import normalize, patchify
+from mae_jax.model.positions import POSITIONS
 from mae_jax.model.targets import TARGETS, make
 
 TINY = "configs/pretrain.py:digits,tiny"
@@ -112,6 +113,25 @@ CHOICES |= {
     for patches in PATCHES
 }
 CHOICES |= {f"loss {name}": [f"--config.loss.name={name}"] for name in ("l1", "smooth_l1")}
+CHOICES |= {f"positions {kind}": [f"--config.encoder.positions={kind}"] for kind in POSITIONS}
+CHOICES |= {f"decoder positions {kind}": [f"--config.decoder.positions={kind}"] for kind in POSITIONS if kind != "none"}
+CHOICES |= {
+    "cross": ["--config.decoder.kind=cross"],
+    "a quarter decoded": ["--config.decoder.kind=cross", "--config.mask.decoded=0.25"],
+    "half decoded, guided": ["--config.mask.decoded=0.5", "--config.mask.name=most_attended"],
+    "mask tokens in the encoder": ["--config.decoder.mask_tokens=encoder"],
+    "linear head": ["--config.decoder.mask_tokens=encoder", "--config.decoder.depth=0"],
+}
+
+
+def test_nothing_hidden_trains_and_is_pictured(tmp_path):
+    hide_nothing = ("--config.mask.ratio=0", "--config.loss.patches=all", "--config.decoder.depth=0")
+    assert pretraining(tmp_path / "run", *hide_nothing, "--config.mesh.data=1") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["eval/loss"] > 0
+    look = ["reconstruct", "--config=configs/reconstruct.py", f"--config.init={tmp_path / 'run'}"]
+    look += [f"--workdir={tmp_path / 'look'}", "--config.count=2"]
+    assert main([*look, "--config.mask.ratio=0"]) == 0
+    assert main(look) == 2, "the head has no latents of hidden patches"
 
 
 @pytest.mark.slow

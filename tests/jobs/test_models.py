@@ -12,6 +12,7 @@ import mae_jax
 from mae_jax.config import load, to_json
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import classification, finetune, models, pretrain
+from mae_jax.model.positions import RESIZE
 from mae_jax.training import integrity
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.loop import State
@@ -116,3 +117,27 @@ def test_a_classifier_is_no_autoencoder_nor_the_other_way_round(classifier, auto
         mae_jax.load(tmp_path / "classifier")
     with pytest.raises(CheckpointError, match=r"holds no classifier .* name a workdir of probe or finetune"):
         classification.load(tmp_path / "autoencoder")
+
+
+@pytest.mark.parametrize("kind", RESIZE)
+def test_learned_positions_go_on_in_images_of_another_size(kind, tmp_path):
+    config, _, _ = pretrain.check(load("configs/pretrain.py:digits,tiny", [f"--config.encoder.positions={kind}"])[0])
+    model, _ = models.build(config)
+    shapes = jax.eval_shape(lambda: models.init(model, config, jax.random.key(0)))
+    params = saved(tmp_path, config, params=drawn(shapes, 0), stats={}, ema={})["encoder"]
+    del params["norm"]  # fine-tuning has its own
+    options = [f"--config.init={tmp_path}", f"--config.encoder.positions={kind}"]
+    tuning, _, _ = finetune.check(load("configs/finetune.py:digits,tiny", options)[0])
+    assert_same(models.encoder_to_start_from(tuning), params)
+    tuning.data.image_size = (12, 8)
+    resized = RESIZE[kind](params["positions"], (4, 4), (6, 4))
+    assert_same(models.encoder_to_start_from(tuning), params | {"positions": resized})
+
+
+def test_positions_of_another_kind_are_refused(autoencoder, tmp_path):
+    config, shapes = autoencoder
+    saved(tmp_path, config, params=drawn(shapes, 0), stats={}, ema={})
+    options = [f"--config.init={tmp_path}", "--config.encoder.positions=rotary"]
+    tuning, _, _ = finetune.check(load("configs/finetune.py:digits,tiny", options)[0])
+    with pytest.raises(CheckpointError, match="positions sincos, not rotary; set"):
+        models.encoder_to_start_from(tuning)

@@ -6,7 +6,7 @@ import pytest
 
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.classifier import Classifier, trainable
-from mae_jax.model.flops import block_flops, forward_flops, training_flops
+from mae_jax.model.flops import block_flops, cross_block_flops, forward_flops, training_flops
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.vit import SIZES, ViT
 from mae_jax.training import optim
@@ -14,8 +14,9 @@ from mae_jax.training.loop import all_of, create_state, make_train_step
 from mae_jax.training.sharding import make_mesh
 
 
-def model_of(size, depth, patch=16):
-    return MAE(ViT(patch_size=patch, **SIZES[size]), Decoder(patch**2 * 3, width=512, depth=depth, heads=16))
+def model_of(size, depth, patch=16, **options):
+    decoder = Decoder(patch**2 * 3, width=512, depth=depth, heads=16, **options)
+    return MAE(ViT(patch_size=patch, **SIZES[size]), decoder)
 
 
 def test_a_block_counted_by_hand():
@@ -34,23 +35,38 @@ def test_the_parts_of_vit_b():
     assert parts["encoder"] == 12 * block_flops(50, 50, 768, 4.0)
 
 
-def test_no_decoder_block_is_a_head_on_the_hidden_patches():
-    assert forward_flops(model_of("Ti", 0), (224, 224), 3, 0.75)["decoder"] == 0
+def test_mask_tokens_in_the_encoder_cost_what_the_paper_says():
+    """Table 1c: 3.3 times the FLOPs, of ViT-L with the decoder of 8 blocks."""
+    size = (224, 224), 3, 0.75
+    mae, tokens = (training_flops(model_of("L", 8, mask_tokens=word), *size) for word in ("decoder", "encoder"))
+    assert tokens / mae == pytest.approx(3.3, abs=0.05)
 
 
-def lowered(model, patch, batch, every_patch=False):
+def test_no_decoder_block_is_a_head_on_the_latents_of_hidden_patches():
+    parts = forward_flops(model_of("Ti", 0, mask_tokens="encoder"), (224, 224), 3, 0.75)
+    assert parts["decoder"] == parts["decoder_embedding"] == 0
+    assert parts["head"] == 2 * 147 * 192 * 768
+
+
+def test_a_block_of_cross_attention_counted_by_hand():
+    """Three queries of width 8, five tokens of width 6."""
+    products = 3 * 8 * 8 + 5 * 6 * 16 + 2 * 3 * 5 * 8 + 3 * 8 * 8 + 2 * 3 * 8 * 32
+    assert cross_block_flops(3, 5, 8, 6, 4.0) == 2 * products
+
+
+def lowered(model, patch, batch, every_patch=False, decoded=1.0):
     """The whole training step, as handed to the compiler; nothing is computed."""
     target = targets.make(patch, name="normalized_pixels")
 
     grid = (224 // patch, 224 // patch)
 
     def draw(images, key):
-        return images | {"mask": masking.sample(key, batch, grid)}
+        return images | {"mask": masking.sample(key, batch, grid, decoded=decoded)}
 
     def loss_fn(params, stats, masked):
         images, mask = masked["image"], masked["mask"]
         pred, want = model.apply({"params": params}, images, mask, every_patch), target.encode(images)
-        return losses.mse(pred, want if every_patch else masking.take(want, mask.hidden)), stats
+        return losses.mse(pred, want if every_patch else masking.take(want, mask.decoded)), stats
 
     mask = masking.sample(jax.random.key(0), 1, grid)
     init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), mask)["params"]  # noqa: E731
@@ -85,6 +101,23 @@ def test_a_loss_of_all_patches_needs_them_from_the_last_block_and_the_head():
     needed = 64 * training_flops(model, (224, 224), 3, 0.75, every_patch=True)
     assert 1 <= lowered(model, 16, 64, every_patch=True).cost_analysis()["flops"] / needed <= 1.02
     assert needed > 1.05 * 64 * training_flops(model, (224, 224), 3, 0.75)
+
+
+@pytest.mark.parametrize(
+    "options, decoded",
+    [
+        ({"mask_tokens": "encoder"}, 1.0),
+        ({"depth": 0, "mask_tokens": "encoder"}, 1.0),
+        ({"kind": "cross"}, 1.0),
+        ({"kind": "cross"}, 0.25),
+        ({}, 0.25),
+    ],
+    ids=str,
+)
+def test_other_decoders_do_no_more_than_they_need(options, decoded):
+    model = model_of("Ti", **{"depth": 2, **options})
+    needed = 64 * training_flops(model, (224, 224), 3, 0.75, decoded=decoded)
+    assert 1 <= lowered(model, 16, 64, decoded=decoded).cost_analysis()["flops"] / needed <= 1.02
 
 
 @pytest.mark.parametrize("what", ["head", "0.5", "1", "3", "all"])

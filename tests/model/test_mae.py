@@ -1,4 +1,4 @@
-"""The autoencoder: its size and first parameters, the decoder, and the golden file of Hugging Face's model."""
+"""The autoencoder: its size and first parameters, the decoders, and the golden file of Hugging Face's model."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.masking import Mask
+from mae_jax.model.positions import sincos_positions
 from mae_jax.model.vit import SIZES, ViT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -105,20 +106,157 @@ def test_loss_and_gradients_are_the_same_on_1_and_8_devices(golden):
         assert apart < 1e-5, path
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_predicting_hidden_patches_only_is_predicting_all_and_keeping_the_hidden(golden, depth):
-    decoder = Decoder(48, width=16, depth=depth, heads=2)
-    latent = jnp.asarray(np.random.default_rng(0).standard_normal((8, 1 + 6, 24)), jnp.float32)
+DECODERS = {  # but for its target and width
+    "one block": {"depth": 1},
+    "two blocks": {"depth": 2},
+    "cross": {"depth": 2, "kind": "cross"},
+    "mask tokens in the encoder": {"depth": 2, "mask_tokens": "encoder"},
+    "linear head": {"depth": 0, "mask_tokens": "encoder"},
+}
+every_decoder = pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
+
+
+def decoded_in_three_ways(options, mask, part, latent):
+    """Predictions for the hidden patches, for all of them, and for those of `part`, a mask that decodes some."""
+    decoder = Decoder(48, width=16, heads=2, **options)
+    latent = latent[:, : None if decoder.mask_tokens == "encoder" else 7]
 
     @jax.jit
-    def both_ways(key, mask):
+    def in_three_ways(key, mask, part):
         variables = decoder.init(key, latent, mask, (4, 6))
-        return [decoder.apply(variables, latent, mask, (4, 6), every_patch) for every_patch in (False, True)]
+        ways = ((mask, False), (mask, True), (part, False))
+        return [decoder.apply(variables, latent, m, (4, 6), every_patch) for m, every_patch in ways]
 
-    hidden, every = both_ways(jax.random.key(0, impl="rbg"), golden.mask)
-    assert hidden.shape == (8, 18, 48)
-    assert every.shape == (8, 24, 48)
+    return in_three_ways(jax.random.key(0, impl="rbg"), mask, part)
+
+
+@every_decoder
+def test_predicting_some_patches_is_predicting_all_and_keeping_these(golden, options):
+    latent = jnp.asarray(np.random.default_rng(0).standard_normal((8, 25, 24)), jnp.float32)
+    part = golden.mask.replace(skipped=13)
+    hidden, every, some = decoded_in_three_ways(options, golden.mask, part, latent)
+    assert (hidden.shape, every.shape, some.shape) == ((8, 18, 48), (8, 24, 48), (8, 5, 48))
     assert distance(hidden, masking.take(every, golden.mask.hidden)) < 1e-5
+    assert distance(some, hidden[:, 13:]) < 1e-5
+
+
+def test_a_cross_decoder_lets_no_mask_token_see_another(golden):
+    """Only a patch's own position and the latents count: gone are all others, or they are other ones."""
+    latent = jnp.asarray(np.random.default_rng(0).standard_normal((8, 7, 24)), jnp.float32)
+    alone = Mask(golden.mask.visible, golden.mask.hidden[:, -1:])  # the rest of the grid is nobody's
+    decoder = Decoder(48, width=16, depth=2, heads=2, kind="cross")
+
+    @jax.jit
+    def both(key, latent):
+        variables = decoder.init(key, latent, alone, (4, 6))
+        predict = lambda latent, mask: decoder.apply(variables, latent, mask, (4, 6))  # noqa: E731
+        one, pull = jax.vjp(lambda latent: predict(latent, alone), latent)
+        return one, predict(latent, golden.mask), pull(jnp.ones_like(one))[0]
+
+    one, all_of_them, gradient = both(jax.random.key(0, impl="rbg"), latent)
+    assert distance(one, all_of_them[:, -1:]) < 1e-5
+    assert np.abs(gradient).max(axis=-1).min() > 0, "all latents count, that of cls too"
+
+
+def test_a_linear_head_is_one_layer_and_no_more(golden):
+    model, _, images, mask, _ = golden
+    linear = MAE(model.encoder, Decoder(48, width=16, depth=0, heads=2, mask_tokens="encoder"))
+    params = jax.jit(linear.init)(jax.random.key(0, impl="rbg"), images, mask)["params"]
+    assert jax.tree.map(jnp.shape, params["decoder"]) == {"head": {"kernel": (24, 48), "bias": (48,)}}
+    encoder = jax.eval_shape(model.encoder.init, jax.random.key(0), images)["params"]
+    assert params["encoder"].keys() == encoder.keys(), "it has no mask token"
+    assert params["mask_token"].shape == (1, 1, 24)
+    everything = masking.from_scores(jnp.zeros((8, 24)), 0.0)
+    seeing = MAE(model.encoder, linear.decoder.clone(mask_tokens="decoder"))  # all patches: it needs no mask token
+    pred = predict(seeing, {k: params[k] for k in ("encoder", "decoder")}, images, everything, True)
+    tokens = jax.jit(model.encoder.apply)({"params": params["encoder"]}, images)[:, 1:]
+    head = params["decoder"]["head"]
+    assert distance(pred, tokens @ head["kernel"] + head["bias"][None, None]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"depth": 0}, "linear head"),
+        ({"kind": "cross", "mask_tokens": "encoder"}, "mask tokens of its own"),
+        ({"kind": "crss"}, "kind is one of self, cross, not 'crss'"),
+        ({"mask_tokens": "nobody"}, "one of decoder, encoder, not 'nobody'"),
+    ],
+)
+def test_decoders_that_cannot_be_are_refused(golden, options, words):
+    decoder = Decoder(48, **{"width": 16, "depth": 1, "heads": 2, **options})
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(MAE(golden.model.encoder, decoder).init, jax.random.key(0), golden.images, golden.mask)
+
+
+def in_pytorch(torch, model, params, images, mask):
+    """The predictions of `model` for `mask.decoded`, written down once more, on the golden grid of 4x6."""
+    functional, params = torch.nn.functional, jax.tree.map(lambda x: torch.from_numpy(np.array(x)), params)
+    encoder, decoder, n = model.encoder, model.decoder, len(images)
+    visible, hidden, decoded = (torch.from_numpy(np.array(x)).long() for x in (mask.visible, mask.hidden, mask.decoded))
+
+    def dense(p, x):
+        return functional.linear(x, p["kernel"].T, p["bias"])
+
+    def norm(p, x):
+        return functional.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], 1e-6)
+
+    def attention(heads, out, *projected):
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in projected)
+        return dense(out, functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def block(p, x, heads, others=None):
+        y, p_attention = norm(p["attention_norm"], x), p["attention"]
+        if others is None:
+            projected = dense(p_attention["qkv"], y).chunk(3, -1)
+        else:
+            projected = dense(p_attention["q"], y), *dense(p_attention["kv"], others).chunk(2, -1)
+        x = x + attention(heads, p_attention["out"], *projected)
+        return x + dense(p["mlp"]["out"], functional.gelu(dense(p["mlp"]["in"], norm(p["mlp_norm"], x))))
+
+    table = lambda width: torch.from_numpy(sincos_positions((4, 6), width))  # noqa: E731
+    p = params["encoder"]
+    x = images.reshape(n, 4, 4, 6, 4, -1).transpose(0, 1, 3, 2, 4, 5).reshape(n, 24, -1)
+    x = dense(p["patch_embedding"], torch.from_numpy(x))  # [N,24,D], hidden patches too
+    if "mask_token" in params:
+        removed = torch.zeros(n, 24, 1).scatter(1, hidden[:, :, None], 1.0)
+        x = removed * params["mask_token"] + (1 - removed) * x + table(encoder.width)
+    else:
+        x = (x + table(encoder.width))[torch.arange(n)[:, None], visible]
+    x = torch.cat([p["cls_token"].expand(n, 1, -1), x], dim=1)
+    for i in range(encoder.depth):
+        x = block(p[f"block_{i}"], x, encoder.heads)
+    x, p = norm(p["norm"], x), params["decoder"]
+    if decoder.kind == "cross":
+        x, latent = p["mask_token"] + table(decoder.width)[decoded], x
+        for i in range(decoder.depth):
+            x = block(p[f"block_{i}"], x, decoder.heads, latent)
+    else:  # all patches in the order of the grid
+        if decoder.depth:
+            x = dense(p["embedding"], x)
+            x[:, 1:] += table(decoder.width)
+        for i in range(decoder.depth):
+            x = block(p[f"block_{i}"], x, decoder.heads)
+        x = x[:, 1:][torch.arange(n)[:, None], decoded]
+    return dense(p["head"], norm(p["norm"], x) if decoder.depth else x)
+
+
+@pytest.mark.parametrize("name", ["cross", "mask tokens in the encoder", "linear head"])
+def test_predictions_are_those_of_pytorch_and_hidden_pixels_have_no_gradient(golden, name):
+    torch = pytest.importorskip("torch")
+    model = MAE(golden.model.encoder, Decoder(48, width=16, heads=2, **DECODERS[name]))
+    images, mask = golden.images, golden.mask.replace(skipped=7)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images, mask)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * max(x.shape[0], 4) ** -0.5, shapes)
+
+    def loss_fn(params, images):
+        pred = model.apply({"params": params}, images, mask)
+        return jnp.square(pred).mean(), pred
+
+    (_, pred), gradient = jax.jit(jax.value_and_grad(loss_fn, 1, has_aux=True))(params, images)
+    assert distance(pred, in_pytorch(torch, model, params, images, mask).numpy()) < 1e-5
+    assert not np.asarray(gradient)[np.broadcast_to(golden.hidden_pixels, images.shape)].any()
 
 
 def test_order_within_the_mask_changes_nothing_but_the_order_of_the_predictions(golden):

@@ -32,6 +32,7 @@ every_sampler = pytest.mark.parametrize("name", SAMPLERS)
         (50, 0.5, 25),
         (2, 0.5, 1),
         (4, 0.01, 3),
+        (16, 0.0, 16),
     ],
 )
 def test_count_of_visible_patches_is_truncated_as_in_the_original(patches, ratio, count):
@@ -39,9 +40,9 @@ def test_count_of_visible_patches_is_truncated_as_in_the_original(patches, ratio
 
 
 @pytest.mark.parametrize(
-    "patches, ratio", [(16, 0.0), (16, 1.0), (16, 0.95), (10, 0.9), (1, 0.5), (16, 1.5), (16, -0.5), (16, float("nan"))]
+    "patches, ratio", [(16, 1.0), (16, 0.95), (10, 0.9), (1, 0.5), (16, 1.5), (16, -0.5), (16, float("nan"))]
 )
-def test_ratios_that_hide_nothing_or_leave_nothing_are_refused(patches, ratio):
+def test_ratios_that_leave_nothing_or_more_than_there_is_are_refused(patches, ratio):
     with pytest.raises(ValueError):
         visible_count(patches, ratio)
     with pytest.raises(ValueError):
@@ -87,6 +88,30 @@ def test_every_sample_keeps_exactly_its_count_and_loses_no_patch(name, grid):
         want = np.zeros((6, patches))
         np.put_along_axis(want, np.asarray(mask.hidden), 1, axis=1)
         np.testing.assert_array_equal(removed, want)
+
+
+@every_sampler
+def test_a_ratio_of_0_hides_nothing(name):
+    mask = masking.sample(jax.random.key(0), 2, (3, 4), name=name, ratio=0.0)
+    assert mask.hidden.shape == mask.decoded.shape == (2, 0)
+    np.testing.assert_array_equal(np.sort(mask.visible, axis=1), np.tile(np.arange(12), (2, 1)))
+    np.testing.assert_array_equal(mask.removed, np.zeros((2, 12)))
+
+
+@every_sampler
+def test_a_share_of_the_hidden_patches_is_decoded_whatever_the_sampler(name):
+    """The same mask, and each hidden patch as likely as any other, in each sample by itself."""
+    draw = jax.jit(lambda key: masking.sample(key, 2000, (2, 5), name=name, ratio=0.6, decoded=0.4))
+    mask, whole = draw(jax.random.key(0)), masking.sample(jax.random.key(0), 2000, (2, 5), name=name, ratio=0.6)
+    assert mask.decoded.shape == (2000, 3) and mask.skipped == 3, "0.4 of 6 are 2.4"
+    np.testing.assert_array_equal(mask.visible, whole.visible)
+    np.testing.assert_array_equal(np.sort(mask.hidden, axis=1), np.sort(whole.hidden, axis=1))
+    chosen = (np.asarray(mask.decoded)[:, :, None] == np.sort(mask.hidden, axis=1)[:, None]).any(axis=1)  # [N,6]
+    assert np.abs(chosen.mean(axis=0) - 0.5).max() < 5 * 0.5 / 2000**0.5
+    assert len(np.unique(chosen, axis=0)) == 20, "any three of six"
+    assert masking.decoded_count(6, 1e-9) == 1
+    with pytest.raises(ValueError, match="a share of 0 "):
+        masking.decoded_count(6, 0)
 
 
 @every_sampler

@@ -26,10 +26,14 @@ def plain_layer_norm(x, scale, bias):
     return centred / jnp.sqrt(variance + 1e-6) * scale[None] + bias[None]
 
 
-def plain_attention(q, kv):
+def plain_attention(q, kv, bias=0.0):
     q, (k, v) = q.swapaxes(1, 2), jnp.moveaxis(kv, (2, 3), (0, 2))
-    weights = jax.nn.softmax(q @ k.swapaxes(2, 3) / jnp.sqrt(jnp.float32(q.shape[-1])), axis=-1)
+    weights = jax.nn.softmax(q @ k.swapaxes(2, 3) / jnp.sqrt(jnp.float32(q.shape[-1])) + bias, axis=-1)
     return (weights @ v).swapaxes(1, 2)
+
+
+def biased(q, kv, bias):
+    return ops.attention(q, kv, "auto", bias)
 
 
 CASES = {
@@ -38,6 +42,8 @@ CASES = {
     "layer_norm": (functools.partial(ops.layer_norm, epsilon=1e-6), plain_layer_norm, ((24, 12), (12,), (12,))),
     "attention": (ops.attention, plain_attention, ((8, 6, 2, 8), (8, 6, 2, 2, 8))),
     "attention of few queries": (ops.attention, plain_attention, ((8, 4, 2, 8), (8, 6, 2, 2, 8))),
+    "attention with a bias": (biased, plain_attention, ((8, 4, 2, 8), (8, 6, 2, 2, 8), (8, 2, 4, 6))),
+    "attention with one bias": (biased, plain_attention, ((8, 4, 2, 8), (8, 6, 2, 2, 8), (1, 2, 4, 6))),
 }
 CALLS = {  # of functions in native.cc, for values and gradients
     "linear": {"linear", "input_gradient", "kernel_gradient"},
@@ -45,6 +51,8 @@ CALLS = {  # of functions in native.cc, for values and gradients
     "layer_norm": {"layer_norm", "layer_norm_gradient"},
     "attention": {"attention", "attention_gradient"},
     "attention of few queries": {"attention", "attention_gradient"},
+    "attention with a bias": set(),
+    "attention with one bias": set(),
 }
 
 

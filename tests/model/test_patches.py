@@ -1,4 +1,4 @@
-"""Patches, their order, and where they sit."""
+"""Patches and their order."""
 
 import math
 
@@ -6,15 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.model.patches import (
-    denormalize,
-    grid_of,
-    normalize,
-    patchify,
-    resize_positions,
-    sincos_positions,
-    unpatchify,
-)
+from mae_jax.model.patches import denormalize, grid_of, normalize, patchify, unpatchify
 
 IMAGES = {  # patch size and shape [N,H,W,C]
     "square": (4, (2, 8, 8, 3)),
@@ -85,65 +77,3 @@ def test_denormalize_inverts_normalize_for_every_value(channels):
 def test_denormalize_rounds_and_clips():
     values = jnp.array([-3.0, -0.001, 10.4 / 255, 10.6 / 255, 1.001, 7.0]).reshape(1, 1, 6, 1)
     assert denormalize(values, mean=(0.0,), std=(1.0,)).ravel().tolist() == [0, 0, 10, 11, 255, 255]
-
-
-@pytest.mark.parametrize("grid", [(14, 14), (3, 20), (20, 3)])
-def test_first_half_of_the_channels_is_the_column_and_the_second_the_row(grid):
-    rows, cols = grid
-    positions = sincos_positions(grid, 768)
-    assert positions.shape == (rows * cols, 768)
-    assert positions.dtype == np.float32
-    for r in range(rows):
-        for c in range(cols):
-            golden = [math.sin(c), math.cos(c), math.sin(r), math.cos(r)]
-            np.testing.assert_allclose(positions[r * cols + c, [0, 192, 384, 576]], golden, rtol=0, atol=6e-8)
-
-
-def test_frequencies_fall_from_1_towards_1_in_10000_and_are_computed_in_float64():
-    positions = sincos_positions((5, 1000), 32)
-    r, c = 3, 997  # far out, a float32 angle would be off by 3e-5
-    for k in range(8):
-        omega = 10000 ** (-k / 8)
-        golden = [math.sin(c * omega), math.cos(c * omega), math.sin(r * omega), math.cos(r * omega)]
-        np.testing.assert_allclose(positions[r * 1000 + c, [k, 8 + k, 16 + k, 24 + k]], golden, rtol=0, atol=6e-8)
-
-
-@pytest.mark.parametrize("width", [2, 6, 30])
-def test_a_width_that_is_not_divisible_by_4_is_refused(width):
-    with pytest.raises(ValueError, match=f"divisible by 4, not {width}"):
-        sincos_positions((2, 2), width)
-
-
-@pytest.mark.parametrize("grid, width", [((14, 14), 768), ((16, 16), 1280), ((4, 6), 16)])
-def test_positions_are_those_of_hugging_face(grid, width):
-    pytest.importorskip("torch")
-    modeling = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
-    rows, cols = grid
-    theirs = modeling.build_2d_sinusoidal_position_embedding(rows, cols, width).numpy()
-    theirs = np.roll(theirs, width // 2, axis=1)  # it begins with the row; ViTMAE itself swaps the halves like this
-    np.testing.assert_allclose(sincos_positions(grid, width), theirs, rtol=0, atol=6e-8)
-
-
-@pytest.mark.parametrize(
-    "grid, new_grid", [((14, 14), (24, 24)), ((4, 6), (7, 5)), ((8, 8), (3, 4)), ((1, 2), (3, 3)), ((5, 3), (5, 9))]
-)
-def test_resized_positions_are_those_of_pytorch_and_cls_stays(grid, new_grid):
-    torch = pytest.importorskip("torch")
-    rows, cols = grid
-    positions = np.random.default_rng(0).standard_normal((1, 1 + rows * cols, 8)).astype(np.float32)
-    images = torch.tensor(positions[:, 1:]).reshape(1, rows, cols, 8).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(images, size=new_grid, mode="bicubic", align_corners=False)
-    got = resize_positions(jnp.asarray(positions), grid, new_grid)
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got[:, 0], positions[:, 0])
-    np.testing.assert_allclose(got[:, 1:], resized.permute(0, 2, 3, 1).flatten(1, 2), rtol=0, atol=1e-5)
-
-
-def test_positions_on_their_own_grid_are_not_touched():
-    positions = np.random.default_rng(0).standard_normal((1, 25, 8)).astype(np.float32)
-    np.testing.assert_array_equal(resize_positions(positions, (4, 6), (4, 6)), positions)
-
-
-def test_positions_of_another_grid_than_said_are_refused():
-    with pytest.raises(ValueError, match="reshape"):
-        resize_positions(np.zeros((1, 25, 8), np.float32), (5, 5), (4, 4))

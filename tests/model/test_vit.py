@@ -8,7 +8,7 @@ from flax.errors import ScopeParamShapeError
 
 from mae_jax.model import masking
 from mae_jax.model.layers import LayerNorm
-from mae_jax.model.patches import resize_positions, sincos_positions
+from mae_jax.model.positions import resize_positions, sincos_positions
 from mae_jax.model.vit import SIZES, ViT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -171,8 +171,8 @@ def test_learned_positions_are_of_one_size_and_can_be_resized(learned):
 
 
 def test_unknown_positions_are_refused():
-    with pytest.raises(ValueError, match="one of sincos, learned, not 'rotary'"):
-        jax.eval_shape(ENCODER.clone(positions="rotary").init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match="one of sincos, learned, relative, rotary, none, not 'rotating'"):
+        jax.eval_shape(ENCODER.clone(positions="rotating").init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
 def test_without_final_norm_tokens_are_those_it_would_have_normalised(params, images):

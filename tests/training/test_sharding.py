@@ -12,7 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.config import complete, load
 from mae_jax.jobs import models, pretrain
+from mae_jax.model import masking
 from mae_jax.model.classifier import Classifier
+from mae_jax.model.mae import MAE, Decoder
+from mae_jax.model.positions import POSITIONS
 from mae_jax.model.vit import ViT
 from mae_jax.training import optim
 from mae_jax.training.loop import create_state
@@ -194,6 +197,20 @@ def test_classifiers_and_all_optimizers_have_rules(name, norm):
     abstract, new_state = create_state(init, tx, make_mesh(data=1, fsdp=4, tensor=2), ema=0.5)
     for described, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(new_state()), strict=True):
         assert described.sharding == leaf.sharding
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("options", [{}, {"kind": "cross"}, {"mask_tokens": "encoder"}], ids=str)
+def test_all_positions_and_decoders_have_rules(kind, options):
+    decoder = Decoder(16, width=16, depth=1, heads=2, positions=kind, **options)
+    model = MAE(ViT(patch_size=4, width=16, depth=1, heads=2, positions=kind), decoder)
+    mask = masking.sample(jax.random.key(0), 1, (2, 2), ratio=0.5)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), mask))["params"]
+    specs = {path: x.spec for path, x in flat(state_sharding(params, make_mesh(data=1, fsdp=4, tensor=2))).items()}
+    for path, spec in specs.items():
+        first = path.endswith(("qkv/kernel", "/q/kernel", "/kv/kernel"))
+        assert not first or spec == P("fsdp", "tensor"), path
+    assert "decoder/block_0/attention/kv/kernel" in specs or options != {"kind": "cross"}
 
 
 def test_state_sharding_takes_shapes_as_well_as_arrays_and_keeps_the_tree():
