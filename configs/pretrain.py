@@ -11,8 +11,17 @@ vit_b16       ImageNet-1k (TFDS), 224   ViT-B/16, norm. pixels           1600 ep
 vit_l16       the same                  ViT-L/16                         the same; the paper: 31 h on 128 TPU v3 cores
 vit_h14       the same                  ViT-H/14                         the same
 
-NAME,tiny is the same recipe in seconds, to see that it runs: a small model, small synthetic images (digits keeps its
-own), two steps. Any setting can be changed on the command line, as in --config.mask.ratio=0.6.
+NAME,OBJECTIVE is that data and model with the task of another paper:
+
+denoising        all patches, with noise on all pixels (Vincent et al. 2008)
+context_encoder  the middle of the image is hidden (Pathak et al. 2016, arXiv 1604.07379)
+beit             tokens of patches in hidden blocks, mask tokens in the encoder, no decoder (arXiv 2106.08254)
+simmim           pixels of hidden squares, by absolute error, likewise without a decoder (arXiv 2111.09886)
+maskfeat         histograms of gradients of patches in hidden blocks, likewise (arXiv 2112.09133)
+crossmae         a third of the hidden patches, by a decoder that attends to latents alone (arXiv 2401.14391)
+
+NAME,tiny, or NAME,OBJECTIVE,tiny, is the same recipe in seconds, to see that it runs: a small model, small synthetic
+images (digits keeps its own), two steps. Any setting can be changed on the command line: --config.mask.ratio=0.6.
 """
 
 from ml_collections import ConfigDict
@@ -25,14 +34,15 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def get_config(spec: str = "digits") -> ConfigDict:
-    name, _, variant = spec.partition(",")
+    name, *variants = spec.split(",")
     if name not in RECIPES:
         raise ConfigError(f"--config: no recipe {name!r}; use one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
     config = RECIPES[name]()
-    if variant == "tiny":
-        shrink(config)
-    elif variant:
-        raise ConfigError(f"--config: no variant {variant!r} of {name}; there is only {name},tiny")
+    for variant in variants:
+        if variant not in VARIANTS:
+            known = f"use one of {', '.join(VARIANTS)}{nearest(variant, VARIANTS)}"
+            raise ConfigError(f"--config: no variant {variant!r} of {name}; {known}")
+        VARIANTS[variant](config)
     return config
 
 
@@ -208,6 +218,52 @@ def digits() -> ConfigDict:
 RECIPES = {f.__name__: f for f in (digits, fashion_mnist, cifar10, folder, vit_b16, vit_l16, vit_h14)}
 
 
+def denoising(config: ConfigDict) -> None:
+    """Noise on all pixels, and nothing hidden."""
+    config.noise.std = 0.5
+    config.mask.ratio = 0.0
+    config.loss.patches = "all"
+
+
+def context_encoder(config: ConfigDict) -> None:
+    """A quarter of the image, in its middle."""
+    config.mask.update(name="centre", ratio=0.25)
+    config.target.name = "pixels"
+
+
+def without_decoder(config: ConfigDict) -> None:
+    """The encoder sees all patches, mask tokens for the hidden ones, and a linear layer predicts these."""
+    config.decoder.update(mask_tokens="encoder", depth=0)
+
+
+def beit(config: ConfigDict) -> None:
+    """Two fifths of the image in blocks. The tokens are k-means', not those of a discrete VAE."""
+    without_decoder(config)
+    config.mask.update(name="block", ratio=0.4)
+    config.target.name = "tokens"
+
+
+def simmim(config: ConfigDict) -> None:
+    """Three fifths of the image in squares of two by two patches."""
+    without_decoder(config)
+    config.mask.update(unit=2, ratio=0.6)
+    config.target.name = "pixels"
+    config.loss.name = "l1"
+
+
+def maskfeat(config: ConfigDict) -> None:
+    """Two fifths of the image in blocks."""
+    without_decoder(config)
+    config.mask.update(name="block", ratio=0.4)
+    config.target.name = "hog"
+
+
+def crossmae(config: ConfigDict) -> None:
+    """Where three quarters are hidden, a third of them is as much as is seen."""
+    config.decoder.kind = "cross"
+    config.mask.decoded = 1 / 3
+
+
 def shrink(config: ConfigDict) -> None:
     """Make a recipe small enough to run in seconds, with every part of it still there."""
     if config.data.source != "digits":
@@ -215,9 +271,13 @@ def shrink(config: ConfigDict) -> None:
         config.data.update(source="synthetic", split="train", held_out="validation", image_size=(side, side))
     config.data.batch_size = 8
     config.encoder.update(width=32, depth=2, heads=2)
-    config.decoder.update(width=32, depth=1, heads=2)
+    config.decoder.update(width=32, depth=min(config.decoder.depth, 1), heads=2)
     config.train.steps = 2
     config.log.every = 1
     config.eval.images = 16
     config.monitor.update(every=1, bank=32, queries=16, k=3)
     config.pictures.count = 4
+
+
+OBJECTIVES = {f.__name__: f for f in (denoising, context_encoder, beit, simmim, maskfeat, crossmae)}
+VARIANTS = OBJECTIVES | {"tiny": shrink}

@@ -28,10 +28,11 @@ IMAGENET_TRAIN = 1_281_167
 DIFFERENT = {str(recipes.get_config(f"{name},tiny")): name for name in recipes.RECIPES}.values()
 
 
-QUICK = {"digits", "folder"}
+QUICK = {"digits", "folder", "digits,simmim"}
+SMALL = [*DIFFERENT, *(f"digits,{objective}" for objective in recipes.OBJECTIVES)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DIFFERENT])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SMALL])
 def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_compilation):
     one_device = "--config.mesh.data=1"  # compiles in half the time
     assert main(["pretrain", f"--config=configs/pretrain.py:{name},tiny", f"--workdir={tmp_path}", one_device]) == 0
@@ -51,15 +52,15 @@ def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_co
         assert config[group][key] == full[group][key], "shrinking keeps what the recipe is about"
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", [*recipes.RECIPES, *(f"vit_b16,{objective}" for objective in recipes.OBJECTIVES)])
 def test_every_recipe_is_complete_and_builds_at_its_full_size(name):
     config, problems = complete(recipes.get_config(name), pretrain.SCHEMA, pretrain.VALUES)
     assert problems + checks.autoencoder_problems(config) + checks.run_problems(config) == []
-    model, target = models.build(config)
+    model, _ = models.build(config)
     params = jax.eval_shape(lambda: models.init(model, config, jax.random.key(0)))
     width = params["decoder"]["head"]["kernel"].shape[-1]
-    assert width == config.encoder.patch_size**2 * config.data.channels
-    assert jax.eval_shape(target.encode, models.example_images(config)).shape[-1] == width
+    pixels = config.encoder.patch_size**2 * config.data.channels
+    assert width == {"tokens": 512, "hog": 2 * 2 * 3 * 9}.get(config.target.name, pixels)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
 
 

@@ -83,7 +83,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     final = run.final_metrics
     if "eval/loss" in final:
         loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
-        print(f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of predicting position means")
+        print(
+            f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of guessing by position alone"
+        )
     print(f"picture     {workdir}/reconstructions/step_{run.steps}.png")
 
 
