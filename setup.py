@@ -12,7 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # the recipes travel with the package, so that an installed wheel finds configs/pretrain.py too
-    packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs"],
+    packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs", "mae_jax.configs.sweeps"],
     package_dir={"mae_jax.configs": "configs"},
     package_data={"mae_jax": ["*/*.cc"]},  # compiled where they are used
     entry_points={"console_scripts": ["mae-jax = mae_jax.__main__:main"]},

@@ -93,7 +93,7 @@ def _find(path: str) -> Path:
     for candidate in (Path(os.path.expanduser(path)), *shipped):
         if candidate.is_file():
             return candidate
-    recipes = [f"configs/{p.name}" for root in {s.parent for s in shipped} for p in root.glob("*.py")]
+    recipes = [str(Path(path).parent / p.name) for root in {s.parent for s in shipped} for p in root.glob("*.py")]
     raise ConfigError(f"--config: no file {path!r}{nearest(path, recipes)}")
 
 

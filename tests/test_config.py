@@ -48,9 +48,10 @@ def own_file(folder, text):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "job", sorted({*JOBS} - {"import", "verify", "export", "plan"})
-)  # these have flags, or another's
+WITHOUT = {"import", "verify", "export", "plan", "sweep"}  # which have flags, or another's
+
+
+@pytest.mark.parametrize("job", [*sorted({*JOBS} - WITHOUT), "sweeps/mask_ratio", "sweeps/chains"])
 def test_every_job_has_a_config_of_its_name(job, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # outside the checkout, as from an installed wheel
     assert type(load(f"configs/{job}.py")) is ConfigDict
@@ -196,7 +197,7 @@ def test_a_bad_override_is_one_line_that_quotes_it(argument, words):
         "~no_such_user_here/x.py": ["~no_such_user_here/x.py"],
         "x" * 5000: ["x" * 50],
         "configs/pretrain.py:digts": ["'digts'", "did you mean digits?", "vit_b16"],
-        "configs/pretrain.py:digits,tinny": ["'tinny'", "digits,tiny"],
+        "configs/pretrain.py:digits,tinny": ["'tinny'", "did you mean tiny?"],
         "configs/pretrain.py:,": ["''"],
         "configs/reconstruct.py:digits": ["get_config"],
     }.items(),

@@ -40,7 +40,7 @@ MISTAKES = {
     "no such file": ("configs/pretrian.py", ["'configs/pretrian.py'", "did you mean configs/pretrain.py?"]),
     "a folder": ("{tmp}", ["no file", "{tmp}"]),
     "no such recipe": ("configs/pretrain.py:digts", ["'digts'", "did you mean digits?"]),
-    "no such variant": (DIGITS + ",tinny", ["'tinny'", "digits,tiny"]),
+    "no such variant": (DIGITS + ",tinny", ["'tinny'", "did you mean tiny?"]),
     # keys
     "unknown key": (f"{DIGITS} --config.mask.ratoi=0.5", ["mask.ratoi", "did you mean mask.ratio?"]),
     "key without value": (f"{DIGITS} --config.mask.ratio", ["--config.mask.ratio=VALUE"]),
