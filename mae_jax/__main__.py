@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # TensorFlow reads images here and should not talk about the rest
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is no concern of the user's
+    # Orbax, clu and TFDS warn of what is no concern of the user's, and print the tracebacks of what they raise as well
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:  # outside of training, where there is nothing to save

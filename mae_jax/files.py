@@ -138,6 +138,15 @@ def _is_at(file, path: Path) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def if_possible(path: Path) -> Iterator[None]:
+    """Within it `path` is written, which training does not depend on: where that fails, a line says so and no more."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{path}: not written ({error.strerror or error}); training goes on", flush=True)
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file, with the folders that it needs."""
     if not hosts.leads():

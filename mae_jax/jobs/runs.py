@@ -111,6 +111,7 @@ class Run:
         config, data = self.config, self.data
         lengths, keys = (self.steps, self.steps_per_epoch), (self.init_key, self.train_key)
         step_of, abstract, new_state = set_up(config, self.mesh, *lengths, *keys, init, trained, layer_of, exempt, ema)
+        self.checkpoints.make_sure_of_space(abstract, self.steps)
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
         if self.checkpoints.latest_step is None:
             state = _begin_with(start or {}, new_state())
