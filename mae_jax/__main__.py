@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 from mae_jax import compiled
 from mae_jax.errors import ConfigError, Interrupted, UserError, nearest, report
@@ -152,6 +153,7 @@ def _keep_what_is_compiled() -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(compiled.folder("compiled")))
+    compiled.replace_damaged(Path(jax.config.jax_compilation_cache_dir))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

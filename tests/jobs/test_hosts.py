@@ -167,6 +167,41 @@ def test_one_is_killed_and_a_rerun_goes_on(together, tmp_path, processes, then):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 6)])
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(together, tmp_path, tools, processes, kills):
+    """With kill -9, at random moments and in the middle of saves; of several processes one is killed each time."""
+    steps, every, workdir = 20 * (kills + 1), 4, tmp_path / "run"
+    devices = {"devices": 4 // processes, "alone": processes == 1}
+
+    def start(where):
+        often = f"--config.checkpoint.every={every}"
+        return together(processes, *pretrain(where, "--config.mesh.fsdp=4", often, steps=steps), **devices)
+
+    whole = start(tmp_path / "whole")
+    assert whole.codes() == [0] * processes, whole.told(0)
+    cut = 0
+    for kill in range(kills):
+        job, saves = start(workdir), kill % 2 == 0
+        wait_for_step(workdir, random.randrange(20 * kill + 1, 20 * kill + 15))
+        deadline = time.monotonic() + 60
+        while saves and not list(workdir.glob("checkpoints/*-tmp*")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02 if saves else 0.2))
+        victim = random.randrange(processes)
+        job.processes[victim].kill()
+        codes = job.codes(60)
+        assert codes.pop(victim) == -signal.SIGKILL and codes == [6] * (processes - 1), job.told(0)
+        cut += bool(list(workdir.glob("checkpoints/*-tmp*")))
+    print(f"{cut} of {kills} in the middle of a save")
+    assert cut >= 2
+    last = start(workdir)
+    assert last.codes() == [0] * processes, last.told(0)
+    assert tools.lines_of(workdir, CLOCKS) == tools.lines_of(tmp_path / "whole", CLOCKS)
+    assert [step for step, line in lines(workdir).items() if "train/loss" in line] == list(range(1, steps + 1))
+    tools.assert_equal(tools.state_of(workdir, steps), tools.state_of(tmp_path / "whole", steps))
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_by_all_together(together, tmp_path):
     def damage(step):
         file = max((checkpoints / step).glob("state/**/d/*"), key=lambda path: path.stat().st_size)
