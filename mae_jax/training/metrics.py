@@ -137,7 +137,7 @@ class Progress:
             self.waited += time.perf_counter() - before
 
     def log(self, step: int, scalars: Mapping) -> None:
-        """Write train/NAME for each scalar, and the speed since the last call."""
+        """Write train/NAME for each scalar, and the speed since the last call. All processes have to call this."""
         numbers = {f"train/{name}": value for name, value in scalars.items()}
         line = f"step {step:>{len(str(self.steps))}}/{self.steps} {step / self.steps:4.0%}"
         line += f"  loss {float(scalars['loss']):.4f}"
@@ -146,6 +146,10 @@ class Progress:
             rate = (step - self.step) / seconds
             numbers["train/images_per_second"] = rate * self.batch_size
             numbers["perf/data_wait_fraction"] = self.waited / seconds
+            waits = [float(wait) for wait in hosts.gather(str(self.waited / seconds))]
+            if len(waits) > 1:  # in all else they wait for one another, and take the same time
+                numbers["perf/slowest_host"] = waits.index(max(waits))
+                numbers["perf/slowest_host_data_wait_fraction"] = max(waits)
             left = int((self.steps - step) / rate)
             line += f"  {rate * self.batch_size:,.0f} images/s"
             line += f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -19,6 +19,7 @@ from mae_jax.__main__ import main
 
 HEARTBEAT = 5  # seconds
 CLOCKS = {"train/images_per_second", "perf/data_wait_fraction"}
+CLOCKS |= {"perf/slowest_host", "perf/slowest_host_data_wait_fraction"}
 VIT_TI = (  # on pictures of 64 pixels
     *("--config.data.image_size=(64,64)", "--config.encoder.patch_size=8", "--config.encoder.width=192"),
     *("--config.encoder.depth=12", "--config.encoder.heads=3", "--config.mesh.fsdp=2"),

@@ -223,6 +223,23 @@ def speed(images_per_second, waiting):
     }
 
 
+def test_of_several_hosts_the_one_that_waits_longest_for_data_is_named(clock, monkeypatch):
+    lines = Lines()
+    progress = metrics.Progress(lines, steps=20, batch_size=32)
+    progress.start(1)
+    spend(clock, 1.0, progress.waiting)
+    spend(clock, 3.0)
+    monkeypatch.setattr(metrics.hosts, "gather", lambda own: [own, "0.75", "0.5"])
+    progress.log(11, {"loss": 2.0})
+    ((_, numbers),) = lines.lines
+    found = {name: value for name, value in numbers.items() if name.startswith("perf/")}
+    assert found == {
+        "perf/data_wait_fraction": 0.25,
+        "perf/slowest_host": 1,
+        "perf/slowest_host_data_wait_fraction": 0.75,
+    }
+
+
 def test_the_first_step_has_no_speed(clock):
     lines = Lines()
     progress = metrics.Progress(lines, steps=3, batch_size=8)
