@@ -214,7 +214,7 @@ while :; do
     began=$SECONDS code=0
     attempt "$@" || code=$?
     case $code in
-    0 | 2 | 3 | 4) finish "$code" ;; # done, or what the same command would meet again
+    0 | 2 | 3 | 4 | 5) finish "$code" ;; # done, or what the same command would meet again
     esac
 
     sleep 60 # a slice that is taken away shows it late

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 from mae_jax import compiled
 from mae_jax.errors import ConfigError, Interrupted, UserError, nearest, report
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # TensorFlow reads images here and should not talk about the rest
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is no concern of the user's
+    # Orbax, clu and TFDS warn of what is no concern of the user's, and print the tracebacks of what they raise as well
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
@@ -150,6 +153,7 @@ def _keep_what_is_compiled() -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(compiled.folder("compiled")))
+    compiled.replace_damaged(Path(jax.config.jax_compilation_cache_dir))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

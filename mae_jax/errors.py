@@ -13,6 +13,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def in_short(error: BaseException) -> str:
+    """The first line of what others raise, and of a long one the beginning and the end, where the reason is."""
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 250 else f"{line[:150]} ... {line[-95:]}"
+
+
 class UserError(Exception):
     """One or more problems, each a line that says what is wrong, where, and what to do.
 

@@ -5,9 +5,13 @@ Of several hosts, the first one writes. A file is there whole or not at all, so 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +78,73 @@ def make_workdir(workdir: Path) -> None:
         writable, reason = False, str(error).partition("\n")[0]
     if not writable:
         raise ConfigError(f"--workdir={workdir}: {reason}; name a folder that can be made and written to")
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Within it no other run is in the folder `workdir`, which is made unless it is there.
+
+    WORKDIR/lock says which process of which host is at work. What counts is not that file but the operating system's
+    lock on it, which ends with the process whatever ends that: what a killed one leaves behind keeps nobody out. Of
+    several processes of a job the first one has it. Buckets have no locks: there it is up to who starts jobs.
+
+    Raises:
+      ConfigError: another run is there; or the folder cannot be made or written to.
+    """
+    make_workdir(workdir)
+    with contextlib.ExitStack() as held:
+        refused = hosts.of_first(lambda: "" if in_bucket(workdir) else _lock(workdir, held))
+        if refused:
+            raise ConfigError(refused)
+        yield
+
+
+def _lock(workdir: Path, held: contextlib.ExitStack) -> str:
+    """Lock `workdir` until `held` is closed; why that cannot be, or nothing."""
+    path = workdir / "lock"
+    try:
+        while True:
+            file = held.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f"--workdir={workdir}: {_owner(file)} is at work there; wait for it, or use a new --workdir"
+            except OSError as error:  # such as Lustre, if it is mounted so
+                print(f"{path}: no locks here ({error.strerror}): nothing keeps a second run out", flush=True)
+                return ""
+            if _is_at(file, path):
+                break  # and not one that was removed meanwhile
+        if owner := _owner(file, ""):
+            print(f"{path}: left behind by {owner}, which is gone; taken over", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        os.fsync(file.fileno())  # for other hosts to read
+    except OSError as error:
+        return f"--workdir={workdir}: {path.name} cannot be written there ({error.strerror})"
+    held.callback(lambda: path.unlink() if _is_at(file, path) else None)
+    return ""
+
+
+def _owner(file, unknown: str = "another process") -> str:
+    file.seek(0)
+    return file.read(200) or unknown
+
+
+def _is_at(file, path: Path) -> bool:
+    """Whether what is open is what is at `path` now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+@contextlib.contextmanager
+def if_possible(path: Path) -> Iterator[None]:
+    """Within it `path` is written, which training does not depend on: where that fails, a line says so and no more."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{path}: not written ({error.strerror or error}); training goes on", flush=True)
 
 
 def write(path: Path, data: bytes) -> None:

@@ -1,6 +1,8 @@
 """Discipline for all tests: 8 CPU devices in one process, no silent broadcasting between ranks."""
 
 import os
+import shutil
+import subprocess
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -52,3 +54,22 @@ def refused():
         return told
 
     return refused
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function: so many bytes -> a folder with a file system of that size, where one can be mounted."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / f"disk_{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)

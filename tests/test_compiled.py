@@ -3,6 +3,8 @@
 import ctypes
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +70,53 @@ def test_what_is_deleted_is_compiled_again(source, kept, compiler):
     shutil.rmtree(kept)
     assert library(source, "-DANSWER=1") == path and path.exists()
     assert len(log.read_text().splitlines()) == 2
+
+
+def flip(contents):
+    return (
+        contents[: len(contents) // 2] + bytes([contents[len(contents) // 2] ^ 1]) + contents[len(contents) // 2 + 1 :]
+    )
+
+
+DAMAGE = {"flipped": flip, "cut short": lambda contents: contents[: len(contents) // 2], "empty": lambda contents: b""}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_damaged_is_compiled_again(damage, source, kept, compiler):
+    log = compiler()
+    path = library(source, "-DANSWER=8")
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert library(source, "-DANSWER=8") == path and path.read_bytes() == whole and list(kept.iterdir()) == [path]
+    assert answer(path) == 8
+    assert len(log.read_text().splitlines()) == 2
+
+
+PROGRAMS = """
+import jax, pathlib, sys
+from mae_jax import compiled
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+compiled.replace_damaged(pathlib.Path(sys.argv[1]))
+print(jax.jit(lambda x: x * 2 + 1)(20.5), jax.jit(lambda x: x - 1)(8.0))
+"""
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_programs_of_xla_that_are_damaged_are_compiled_again(damage, tmp_path):
+    def run():
+        command = [sys.executable, "-c", PROGRAMS, tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout.splitlines()
+
+    assert run() == ["42.0 7.0"]
+    programs = sorted(tmp_path.glob("*-cache"))
+    for path in programs:
+        path.write_bytes(damage(path.read_bytes()))
+    told, answers = run()
+    assert f"{tmp_path}: {len(programs)} damaged, compiled anew" in told and answers == "42.0 7.0"
+    assert run() == ["42.0 7.0"], "and kept"
 
 
 def test_other_sources_options_and_compilers_have_libraries_of_their_own(source, kept, compiler, monkeypatch):

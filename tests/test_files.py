@@ -1,6 +1,11 @@
 """Files of a workdir, on a disk and in a bucket (which a folder plays here)."""
 
+import fcntl
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +16,7 @@ from etils.epath import backend, gpath
 from PIL import Image
 
 from mae_jax.errors import ConfigError
-from mae_jax.files import absolute, make_workdir, path_of, to_path, write, write_json, write_picture
+from mae_jax.files import absolute, alone_in, make_workdir, path_of, to_path, write, write_json, write_picture
 from mae_jax.training import checkpoint, metrics
 
 
@@ -122,3 +127,69 @@ def test_what_a_flag_names(text, path):
 def test_what_a_flag_cannot_name(text, told):
     with pytest.raises(ConfigError, match=told):
         path_of("workdir", text)
+
+
+def test_nothing_is_left_of_a_run_that_was_alone(workdir):
+    with alone_in(workdir):
+        assert workdir.exists()
+    assert list(workdir.iterdir()) == []
+
+
+def test_a_second_run_in_a_workdir_is_told_of_the_first(tmp_path):
+    owner = rf"process {os.getpid()} on {socket.gethostname()} is at work there"
+    with alone_in(tmp_path):
+        with pytest.raises(ConfigError, match=owner) as caught, alone_in(tmp_path):
+            pass
+        assert caught.value.exit_code == 2 and len(caught.value.problems) == 1
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_run_that_fails_lets_the_next_in(tmp_path):
+    with pytest.raises(ZeroDivisionError), alone_in(tmp_path):
+        raise ZeroDivisionError
+    with alone_in(tmp_path):
+        pass
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+from mae_jax.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("alone", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_run_leaves_behind_keeps_nobody_out(tmp_path, capsys):
+    first = subprocess.Popen([sys.executable, "-c", ALONE, tmp_path], stdout=subprocess.PIPE, text=True)
+    with first:
+        assert first.stdout.readline() == "alone\n"
+        with pytest.raises(ConfigError, match=f"process {first.pid} on "), alone_in(tmp_path):
+            pass
+        first.kill()
+    with alone_in(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+    told = capsys.readouterr().out
+    assert f"left behind by process {first.pid} on {socket.gethostname()}, which is gone" in told
+
+
+def test_a_lock_that_is_removed_by_hand_locks_no_more_and_is_not_anothers_to_remove(tmp_path):
+    with alone_in(tmp_path):
+        (tmp_path / "lock").unlink()
+        with alone_in(tmp_path):
+            pass
+        with alone_in(tmp_path):
+            (tmp_path / "lock").rename(tmp_path / "away")
+            (tmp_path / "lock").write_text("of a third")
+    assert (tmp_path / "lock").read_text() == "of a third"
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        assert "nothing keeps a second run out" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from mae_jax.__main__ import main
 from mae_jax.config import load
 from mae_jax.data.sources import digits
 from mae_jax.errors import CheckpointError
+from mae_jax.files import alone_in
 from mae_jax.jobs import models, panels, pretrain
 from mae_jax.jobs.runs import Run
 from mae_jax.model import masking
@@ -152,7 +154,7 @@ def test_summary_tells_what_was_done_and_with_what(trained):
     assert (summary["device"], summary["device_count"]) == ("cpu", 8)
     assert summary["versions"]["jax"] == jax.__version__
     assert summary["versions"]["mae_jax"] == mae_jax.__version__
-    names = {f"train/{name}" for name in ("loss", "learning_rate", "grad_norm")}
+    names = {f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "skipped")}
     names |= {f"eval/{name}" for name in ("loss", "baseline_loss", "knn")}
     assert summary["metrics"].keys() == names | TIMINGS
     for name in names:
@@ -280,6 +282,12 @@ def test_a_run_killed_at_a_random_moment_ends_as_if_it_had_not_been(trained, tmp
     kill_at_random(as_process(log, TINY, f"--workdir={workdir}", *SHORT, often, **as_here), workdir, log)
     assert pretraining(workdir, *SHORT, often) == 0
     assert_same_run(workdir, trained)
+
+
+def test_a_second_run_in_the_workdir_of_a_first_is_refused(tmp_path, capsys, refused):
+    with alone_in(tmp_path):
+        refused(capsys, pretraining(tmp_path, *SHORT), 2, f"process {os.getpid()} on {socket.gethostname()} is at work")
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 @pytest.mark.slow
@@ -514,7 +522,7 @@ def test_reconstruct_leaves_a_picture_and_the_loss_of_every_image(init, ratio, t
     assert reconstruction(trained / init, tmp_path, f"--config.mask.ratio={ratio}", "--config.count=5") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["init"] == str(trained / init)
-    assert results["mask"] == {"name": "random", "ratio": ratio, "unit": 1, "temperature": 1.0}
+    assert results["mask"] == {"name": "random", "ratio": ratio, "unit": 1, "temperature": 1.0, "decoded": 1.0}
     losses = list(results["loss_by_image"].values())
     assert results["examples"] == len(losses) == 5
     assert results["loss"] == pytest.approx(np.mean(losses), rel=1e-6)

@@ -46,6 +46,9 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
         if not isinstance(listed, dict) or not listed or not all(isinstance(part, str) for part in listed.values()):
             raise CheckpointError(f"{path}: has no weight_map from tensors to files")
         parts = sorted({*listed.values()})
+        strange = [part for part in parts if Path(part).name != part or part.endswith(".json")]
+        if strange:
+            raise CheckpointError(f"{path}: {strange[0]!r} is no file of tensors beside it; not read")
         return {name: tensor for part in parts for name, tensor in tensors_in(path.parent / part).items()}
     if path.suffix == ".safetensors":
         return _of_safetensors(path)

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.erasing import erase
 from mae_jax.data.mixup import mix
 from mae_jax.data.pipeline import Dataset
+from mae_jax.files import alone_in
 from mae_jax.jobs import classification, models
 from mae_jax.jobs.runs import Run
 from mae_jax.model import losses
@@ -41,7 +42,12 @@ WRITES_WORKDIR = True
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
-    config, data, held_out = check(classification.remember(config, workdir))
+    checked = check(classification.remember(config, workdir))
+    with alone_in(workdir):
+        _train(workdir, *checked)
+
+
+def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset) -> None:
     begins = config.init and not steps_in(workdir / FOLDER)
     start = {"encoder": models.encoder_to_start_from(config)} if begins else {}
     run = Run("finetune", config, workdir, data, classification.FIXED)

@@ -26,6 +26,7 @@ from mae_jax.config import complete
 from mae_jax.data.noise import add_noise
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError, DataError
+from mae_jax.files import alone_in
 from mae_jax.jobs import checks, fitting, knn, models, panels
 from mae_jax.jobs.runs import Run
 from mae_jax.model import losses, masking, targets
@@ -52,7 +53,12 @@ FIXED = (
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
-    config, data, held_out = check(config)
+    checked = check(config)
+    with alone_in(workdir):
+        _train(workdir, *checked)
+
+
+def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset) -> None:
     run = Run("pretrain", config, workdir, data, FIXED)
     if run.complete:
         return

@@ -21,6 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mae_jax.data.pipeline import Dataset
+from mae_jax.files import alone_in
 from mae_jax.jobs import classification, models
 from mae_jax.jobs.features import collect, make_extract
 from mae_jax.jobs.runs import Run
@@ -39,7 +40,12 @@ WRITES_WORKDIR = True
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train the head as `config` says, or go on with what is in `workdir`."""
-    config, data, held_out = check(classification.remember(config, workdir))
+    checked = check(classification.remember(config, workdir))
+    with alone_in(workdir):
+        _train(workdir, *checked)
+
+
+def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset) -> None:
     resumed = bool(steps_in(workdir / FOLDER))
     start = {} if resumed else {"encoder": models.encoder_to_start_from(config)}
     run = Run("probe", config, workdir, data, classification.FIXED)

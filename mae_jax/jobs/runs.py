@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from mae_jax.config import flatten, to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError
-from mae_jax.files import make_workdir, write_json
+from mae_jax.files import write_json
 from mae_jax.training import hosts, metrics, optim
 from mae_jax.training.checkpoint import Checkpoints, steps_in
 from mae_jax.training.guard import Guard
@@ -43,10 +43,11 @@ class Run:
     """
 
     def __init__(self, job: str, config: ConfigDict, workdir: Path, data: Dataset, fixed: Sequence[str]):
-        """Make the workdir, or look at what is in it.
+        """Look at what is in the workdir.
 
         Args:
           job: the name of the job.
+          workdir: a folder that is there, with no other run in it.
           data: what to train on.
           fixed: beginnings of the settings that may not change when a run goes on.
 
@@ -57,7 +58,6 @@ class Run:
         self.job, self.config, self.workdir, self.data = job, config, workdir, data
         self.steps_per_epoch = data.opened.size // data.batch_size
         self.steps = total_steps(self.steps_per_epoch, **config.train)
-        make_workdir(workdir)
         _compare_with_earlier_run(config, workdir, fixed)
         self.checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
         hosts.agree(
@@ -111,6 +111,7 @@ class Run:
         config, data = self.config, self.data
         lengths, keys = (self.steps, self.steps_per_epoch), (self.init_key, self.train_key)
         step_of, abstract, new_state = set_up(config, self.mesh, *lengths, *keys, init, trained, layer_of, exempt, ema)
+        self.checkpoints.make_sure_of_space(abstract, self.steps)
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
         if self.checkpoints.latest_step is None:
             state = _begin_with(start or {}, new_state())

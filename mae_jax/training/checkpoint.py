@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,13 +25,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from mae_jax.errors import CheckpointError
+from mae_jax.errors import CheckpointError, ConfigError, in_short
 from mae_jax.files import absolute, in_bucket, is_folder, to_path
 from mae_jax.training import hosts, integrity
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
 DAMAGED = "damaged"
+PATIENCE = 3  # saves in a row that may fail, before a run does
 
 
 def _manager(folder: Path, state: ocp.PyTreeCheckpointHandler, **options) -> ocp.CheckpointManager:
@@ -46,6 +49,9 @@ def _contents(**items) -> ocp.args.Composite:
 
 class Checkpoints:
     """The checkpoints of one run. Saving goes on in the background while training does.
+
+    What comes of a save is known at the next one. If it has failed that is told in a line, what is left of it is
+    removed, and training goes on, until `PATIENCE` of them have failed in a row.
 
     The newest one is verified first. If it is damaged it is moved to checkpoints/damaged/STEP, which is told in a line,
     and so on until one is as it was written. All processes have to come here together.
@@ -81,10 +87,16 @@ class Checkpoints:
             print(line, flush=True)
         if problems:
             raise CheckpointError(problems)
+        self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
+        self._saving, self._error, self._failures = None, "", 0
+        self._open()
+
+    def _open(self) -> None:
+        """Have Orbax look at what is there, and sweep away what was not written to the end."""
         policy = ocp.checkpoint_managers
-        kept = [policy.LatestN(keep)] + ([policy.EveryNSteps(keep_every)] if keep_every else [])
+        kept = [policy.LatestN(self._keep)] + ([policy.EveryNSteps(self._keep_every)] if self._keep_every else [])
         self._orbax = _manager(
-            workdir / FOLDER,
+            self._workdir / FOLDER,
             ocp.PyTreeCheckpointHandler(),
             preservation_policy=policy.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
@@ -95,12 +107,63 @@ class Checkpoints:
         """The step of the newest checkpoint, if there is one."""
         return max(steps_in(self._orbax.directory), default=None)
 
+    def make_sure_of_space(self, abstract, steps: int) -> None:
+        """See that all that a run of `steps` will save of `abstract`, a tree of shapes and dtypes, finds its place.
+
+        Raises:
+          ConfigError: the disk has less space than that. Of buckets nobody knows.
+        """
+        if in_bucket(self._workdir):
+            return
+        there, latest = steps_in(self._orbax.directory), self.latest_step or 0
+        ahead = steps - latest
+        due = ahead if self.minutes else -(-ahead // self.every) if self.every else 1
+        for_good = steps // self._keep_every - latest // self._keep_every if self._keep_every else 0
+        count = min(due, 1 + max(self._keep - len(there), 0) + for_good)  # one more, as the old goes after the new came
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+        free = hosts.of_first(lambda: shutil.disk_usage(self._workdir).free)
+        if free < count * size:
+            raise ConfigError(
+                f"--workdir={self._workdir}: {free / 1e9:.3g} GB are free there, and {count} checkpoints of "
+                f"{size / 1e9:.3g} GB need {count * size / 1e9:.3g} GB; make room, or lower config.checkpoint.keep"
+            )
+
     def save(self, state, step: int) -> None:
-        """Start to write `state` as the checkpoint of `step`, unless there is one; step 0 is not worth keeping."""
+        """Start to write `state` as the checkpoint of `step`, unless there is one; step 0 is not worth keeping.
+
+        Raises:
+          CheckpointError: once more, the save before has failed.
+        """
+        self._settle(PATIENCE)
         if step and step not in self._orbax.all_steps():
             args = _contents(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
-            self._orbax.save(step, args=args, force=True)
-            self._saved = time.monotonic()
+            self._saving, self._saved = step, time.monotonic()
+            self._error = _error_of(lambda: self._orbax.save(step, args=args, force=True))
+
+    def _settle(self, patience: int) -> None:
+        """Wait for the save that is under way, if one is, on all processes.
+
+        Raises:
+          CheckpointError: it has failed, as have `patience` in a row.
+        """
+        if self._saving is None:
+            return
+        where, self._saving = absolute(self._workdir / FOLDER / str(self._saving)), None
+        reasons = hosts.gather(self._error or _error_of(self._orbax.wait_until_finished))
+        if not any(reasons):
+            self._failures = 0
+            return
+        self._failures += 1
+        _error_of(self._orbax.close)  # the same once more
+        if hosts.leads():
+            for path in where.parent.glob(f"{where.name}.*-tmp*"):
+                _error_of(path.rmtree)
+        self._open()
+        lost = f"{where}: not saved ({next(filter(None, reasons))})"
+        if self._failures >= patience:
+            again = f", and {self._failures} in a row were not" * (self._failures > 1)
+            raise CheckpointError(f"{lost}{again}; make sure that there is room, and run the same command again")
+        print(f"{lost}; training goes on, and the next one is tried", flush=True)
 
     def save_if_time(self, state, step: int) -> None:
         """The same where `minutes` have passed since the last save: by the clock of process 0, for all of them."""
@@ -126,18 +189,32 @@ class Checkpoints:
         except Exception as error:
             if integrity.is_sealed(where):  # and so as it was written
                 raise
-            reason = str(error).partition("\n")[0][:200]  # TensorStore tells a page
-            raise CheckpointError(f"{where}: not readable ({reason}); move it away to go on from another") from error
+            raise CheckpointError(
+                f"{where}: not readable ({in_short(error)}); move it away to go on from another"
+            ) from error
 
     def latest(self, abstract):
         """As `restore`, of what is saved or being saved; None where there is nothing."""
-        self._orbax.wait_until_finished()
+        self._settle(PATIENCE)
         return None if self.latest_step is None else self.restore(abstract)
 
     def close(self) -> None:
-        """Wait until what was saved is on disk."""
-        self._orbax.wait_until_finished()
+        """Wait until what was saved is on disk.
+
+        Raises:
+          CheckpointError: the last of it is not.
+        """
+        self._settle(1)
         self._orbax.close()
+
+
+def _error_of(call: Callable[[], object]) -> str:
+    """What goes wrong in `call`, in a short line; nothing if nothing does."""
+    try:
+        call()
+    except Exception as error:  # Orbax and TensorStore have many for a full disk
+        return in_short(error)
+    return ""
 
 
 def _set_damaged_aside(folder: Path) -> tuple[list[str], list[str]]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mae_jax.errors import NumericsError
-from mae_jax.files import write
-from mae_jax.training import hosts, metrics
+from mae_jax.files import if_possible, write
+from mae_jax.training import metrics
 
 SKIPPED = "skipped.jsonl"
 
@@ -81,5 +81,5 @@ class Guard:
         return earlier
 
     def _write(self) -> None:
-        if hosts.leads():
+        with if_possible(self.path):
             write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from etils import epy
 
-from mae_jax.files import write, write_picture
+from mae_jax.errors import in_short
+from mae_jax.files import if_possible, in_bucket, write, write_picture
 from mae_jax.training import hosts
 
 with epy.lazy_imports():
@@ -23,6 +24,9 @@ class Writer:
 
     A resumed run goes on after the step it resumes from: lines of later steps, written by a run that died before
     its next checkpoint, are dropped, so that the file has neither gaps nor duplicates. Of several hosts, one writes.
+
+    What cannot be written does not end a run. Lines for which the disk has no room are written once there is some;
+    TensorBoard is done without from its first error on.
     """
 
     def __init__(self, workdir: Path, resume_step: int = 0):
@@ -34,30 +38,58 @@ class Writer:
         kept = [line for line in read(self.path) if resume_step and line["step"] <= resume_step]
         write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._there = {(line["step"], *sorted(line.keys() - {"step"})) for line in kept if line["step"] == resume_step}
-        self._file = self.path.open("a")
-        self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
+        self._file = self.path.open("ab") if in_bucket(self.path) else self.path.open("ab", buffering=0)
+        self._waiting, self._late = b"", False
+        with self._as_long_as_it_works():
+            self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line {"step": step, name: number, ...}, on disk when this returns; of what is there already, none."""
         if self._file is None or (step, *sorted(scalars)) in self._there:
             return
         numbers = {name: float(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
-        self._tensorboard.write_scalars(step, numbers)
+        self._waiting += (json.dumps({"step": step, **numbers}) + "\n").encode()
+        self._write()
+        with self._as_long_as_it_works():
+            self._tensorboard and self._tensorboard.write_scalars(step, numbers)
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting)  # maybe a part, where the disk fills up
+                self._waiting = self._waiting[written or len(self._waiting) :]
+            self._file.flush()
+            self._late = False
+        except OSError as error:
+            if not self._late:
+                print(f"{self.path}: not written for now ({error.strerror}); training goes on", flush=True)
+            self._late = True
+
+    @contextlib.contextmanager
+    def _as_long_as_it_works(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of TensorFlow
+            self._tensorboard = None
+            where, reason = self.workdir / "tensorboard", in_short(error.__cause__ or error)
+            print(f"{where}: not written any more ({reason}); training goes on", flush=True)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> Path:
         """WORKDIR/`name`/step_N.png and TensorBoard, from uint8[H,W,3]."""
         path = self.workdir / name / f"step_{step}.png"
         if self._file is not None:
-            write_picture(path, image)
-            self._tensorboard.write_images(step, {name: image[None]})
+            with if_possible(path):
+                write_picture(path, image)
+            with self._as_long_as_it_works():
+                self._tensorboard and self._tensorboard.write_images(step, {name: image[None]})
         return path
 
     def close(self) -> None:
         if self._file is not None:
+            self._write()
             self._file.close()
-            self._tensorboard.close()
+            with self._as_long_as_it_works():
+                self._tensorboard and self._tensorboard.close()
 
 
 def read(path: Path) -> list[dict]:
@@ -105,7 +137,7 @@ class Progress:
             self.waited += time.perf_counter() - before
 
     def log(self, step: int, scalars: Mapping) -> None:
-        """Write train/NAME for each scalar, and the speed since the last call."""
+        """Write train/NAME for each scalar, and the speed since the last call. All processes have to call this."""
         numbers = {f"train/{name}": value for name, value in scalars.items()}
         line = f"step {step:>{len(str(self.steps))}}/{self.steps} {step / self.steps:4.0%}"
         line += f"  loss {float(scalars['loss']):.4f}"
@@ -114,6 +146,10 @@ class Progress:
             rate = (step - self.step) / seconds
             numbers["train/images_per_second"] = rate * self.batch_size
             numbers["perf/data_wait_fraction"] = self.waited / seconds
+            waits = [float(wait) for wait in hosts.gather(str(self.waited / seconds))]
+            if len(waits) > 1:  # in all else they wait for one another, and take the same time
+                numbers["perf/slowest_host"] = waits.index(max(waits))
+                numbers["perf/slowest_host_data_wait_fraction"] = max(waits)
             left = int((self.steps - step) / rate)
             line += f"  {rate * self.batch_size:,.0f} images/s"
             line += f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 from pathlib import Path
 
 import jax
@@ -135,6 +136,25 @@ def test_a_damaged_folder_is_one_line(name, kept, alike, tmp_path):
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ConfigError, match=r"is damaged.*delete it"):
         first(Dataset(**alike, cache=str(tmp_path)), 1)
+
+
+class Code:
+    """What a file may hold that runs when it is read."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_an_array_file_with_code_is_not_run(alike, tmp_path):
+    first(Dataset(**alike, cache=str(tmp_path / "kept")), 1)
+    (file,) = tmp_path.glob("kept/*/table.npz")
+    np.savez(file, shapes=np.array([Code(f"{tmp_path}/sprung")]), labels=np.zeros(1))
+    with pytest.raises(ConfigError, match=r"is damaged.*allow_pickle"):
+        first(Dataset(**alike, cache=str(tmp_path / "kept")), 1)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_opening_does_not_decode(alike, monkeypatch):

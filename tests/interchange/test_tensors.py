@@ -67,6 +67,17 @@ def test_an_index_that_is_none(text, tmp_path):
     assert told(index).startswith(f"{index}: ")
 
 
+@pytest.mark.parametrize(
+    "part", ["../b.safetensors", "/etc/passwd", "inside/../../b.safetensors", "model.safetensors.index.json"]
+)
+def test_an_index_names_files_beside_it_and_no_others(part, tmp_path):
+    (tmp_path / "inside").mkdir()
+    safetensors.numpy.save_file(SOME, tmp_path / "b.safetensors")
+    index = tmp_path / "inside" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": part}}))
+    assert told(index) == f"{index}: {part!r} is no file of tensors beside it; not read"
+
+
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_a_truncated_file(size, tmp_path):
     path = tmp_path / "x.safetensors"

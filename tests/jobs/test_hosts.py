@@ -19,6 +19,7 @@ from mae_jax.__main__ import main
 
 HEARTBEAT = 5  # seconds
 CLOCKS = {"train/images_per_second", "perf/data_wait_fraction"}
+CLOCKS |= {"perf/slowest_host", "perf/slowest_host_data_wait_fraction"}
 VIT_TI = (  # on pictures of 64 pixels
     *("--config.data.image_size=(64,64)", "--config.encoder.patch_size=8", "--config.encoder.width=192"),
     *("--config.encoder.depth=12", "--config.encoder.heads=3", "--config.mesh.fsdp=2"),
@@ -164,6 +165,41 @@ def test_one_is_killed_and_a_rerun_goes_on(together, tmp_path, processes, then):
     assert again.codes() == [0] * then, again.told(0)
     assert "resuming" in again.told(0)
     assert_same(workdir, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 4)])
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(together, tmp_path, tools, processes, kills):
+    """With kill -9, at random moments and in the middle of saves; of several processes one is killed each time."""
+    steps, every, workdir = 20 * (kills + 1), 4, tmp_path / "run"
+    devices = {"devices": 4 // processes, "alone": processes == 1}
+
+    def start(where):
+        often = f"--config.checkpoint.every={every}"
+        return together(processes, *pretrain(where, "--config.mesh.fsdp=4", often, steps=steps), **devices)
+
+    whole = start(tmp_path / "whole")
+    assert whole.codes() == [0] * processes, whole.told(0)
+    cut = 0
+    for kill in range(kills):
+        job, saves = start(workdir), kill % 2 == 0
+        wait_for_step(workdir, random.randrange(20 * kill + 1, 20 * kill + 15))
+        deadline = time.monotonic() + 60
+        while saves and not list(workdir.glob("checkpoints/*-tmp*")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02 if saves else 0.2))
+        victim = random.randrange(processes)
+        job.processes[victim].kill()
+        codes = job.codes(60)
+        assert codes.pop(victim) == -signal.SIGKILL and codes == [6] * (processes - 1), job.told(0)
+        cut += bool(list(workdir.glob("checkpoints/*-tmp*")))
+    print(f"{cut} of {kills} in the middle of a save")
+    assert cut >= 2
+    last = start(workdir)
+    assert last.codes() == [0] * processes, last.told(0)
+    assert tools.lines_of(workdir, CLOCKS) == tools.lines_of(tmp_path / "whole", CLOCKS)
+    assert [step for step, line in lines(workdir).items() if "train/loss" in line] == list(range(1, steps + 1))
+    tools.assert_equal(tools.state_of(workdir, steps), tools.state_of(tmp_path / "whole", steps))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A path leads to the right parameters: those of the encoder, averaged where there are averages, or an error."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mae_jax
+from mae_jax.__main__ import main
 from mae_jax.config import load, to_json
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import classification, finetune, models, pretrain
@@ -141,3 +143,18 @@ def test_positions_of_another_kind_are_refused(autoencoder, tmp_path):
     tuning, _, _ = finetune.check(load("configs/finetune.py:digits,tiny", options)[0])
     with pytest.raises(CheckpointError, match="positions sincos, not rotary; set"):
         models.encoder_to_start_from(tuning)
+
+
+@pytest.mark.parametrize("job", ["knn", "reconstruct"])
+def test_paths_in_the_config_of_a_checkpoint_are_not_written_to(job, pretrained, tmp_path, tools):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(pretrained / "checkpoints" / "80", foreign)
+    file = foreign / "config" / "config.json"
+    config = tools.read_json(file)
+    config["data"]["cache"] = str(tmp_path / "elsewhere")
+    config["init"] = config["workdir"] = "../../elsewhere"
+    file.write_text(json.dumps(config))
+    (foreign / integrity.ITEM / integrity.FILE).write_text(integrity.manifest_of(foreign))
+    before = set(foreign.rglob("*"))
+    assert main([job, f"--config=configs/{job}.py", f"--config.init={foreign}", f"--workdir={tmp_path}/run"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"foreign", "run"} and set(foreign.rglob("*")) == before

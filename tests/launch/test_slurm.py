@@ -109,7 +109,7 @@ def test_an_interrupted_job_is_queued_again(slurm, code):
     assert requeued(slurm)
 
 
-@pytest.mark.parametrize("codes, code", [([2, 2], 2), ([143, 3], 3), ([1, 134, 137], 1), ([139, 6], 255)])
+@pytest.mark.parametrize("codes, code", [([2, 2], 2), ([143, 3], 3), ([6, 5], 5), ([1, 134, 137], 1), ([139, 6], 255)])
 def test_a_failure_for_good_is_reported_and_not_repeated(slurm, codes, code):
     assert job(slurm, *codes).returncode == code
     assert not requeued(slurm)

@@ -243,7 +243,7 @@ def test_an_interrupted_job_is_resumed_on_the_same_slice(cloud):
     assert (cloud.root / "ended").read_text() == "1" * 4  # what was left of the job there was ended first
 
 
-@pytest.mark.parametrize("code", [1, 2, 139])
+@pytest.mark.parametrize("code", [1, 2, 5, 139])
 def test_a_failure_for_good_is_not_repeated_and_costs_nothing_more(cloud, code):
     done = cloud.run(*SLICE, *JOB, jobs=f"{code} 0")
     assert done.returncode == code

@@ -1,5 +1,8 @@
 """Checkpoints come back bit for bit, on any mesh, or not at all and with the reason."""
 
+import shutil
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mae_jax.errors import CheckpointError
+from mae_jax.errors import CheckpointError, ConfigError
 from mae_jax.training import checkpoint
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.loop import State
@@ -340,3 +343,127 @@ def test_each_checkpoint_carries_its_config(tmp_path):
     assert checkpoint.load_config(tmp_path / "checkpoints" / "1") == CONFIG
     assert checkpoint.load_config(tmp_path) == {**CONFIG, "seed": 4}
     assert (tmp_path / "checkpoints" / "1" / "config" / "config.json").is_file()
+
+
+def large(step):
+    """A state of 400 kB that does not compress."""
+    bits = np.random.default_rng(step).integers(0, 2**32, (100, 1000), np.uint32).view(np.float32)
+    return place(State(np.int32(step), {"kernel": bits}, (), {}, {}, np.float32(0)), make_mesh(data=1), split=False)
+
+
+def fill(folder, leave=0):
+    """Write a file until the disk of `folder` is full, but for `leave` bytes."""
+    path = folder / "filling"
+    with path.open("wb") as file:
+        file.write(bytes(shutil.disk_usage(folder).free - leave))
+    return path
+
+
+# TensorStore still has some to tell when Orbax has stopped to listen
+of_writes_given_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@of_writes_given_up
+def test_a_full_disk_costs_checkpoints_and_leaves_nothing_of_them(small_disk, capsys):
+    workdir = small_disk(4_000_000)
+    checkpoints = Checkpoints(workdir, CONFIG, keep=2)
+    filling = None
+    for step in range(1, 9):
+        if step in (3, 6):
+            checkpoints._settle(checkpoint.PATIENCE)
+            filling = fill(workdir, leave=200_000)
+        checkpoints.save(large(step), step)
+        if step in (4, 7):  # the second of two in a row has failed before there is room again
+            checkpoints._settle(checkpoint.PATIENCE)
+            filling.unlink()
+            assert checkpoints.latest_step == step - 2
+    checkpoints.close()
+    told = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == [str(workdir / "checkpoints" / str(step)) for step in (3, 4, 6, 7)]
+    assert steps_in(workdir) == [5, 8]
+    again = Checkpoints(workdir, CONFIG)
+    assert_same_bits(again.restore(shapes_of(large(8))), large(8))
+    again.close()
+
+
+@of_writes_given_up
+def test_the_third_save_in_a_row_that_fails_is_one_too_many(small_disk, capsys):
+    workdir = small_disk(2_000_000)
+    checkpoints = Checkpoints(workdir, CONFIG)
+    checkpoints.save(large(1), 1)
+    checkpoints._settle(checkpoint.PATIENCE)
+    filling = fill(workdir, leave=200_000)
+    for step in (2, 3, 4):
+        checkpoints.save(large(step), step)
+    with pytest.raises(CheckpointError, match=r"checkpoints/4: not saved \(.*space.*\), and 3 in a row were not"):
+        checkpoints.save(large(5), 5)
+    checkpoints.close()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert steps_in(workdir) == [1]
+    filling.unlink()
+
+
+@of_writes_given_up
+def test_the_last_save_has_to_succeed(small_disk):
+    workdir = small_disk(2_000_000)
+    checkpoints = Checkpoints(workdir, CONFIG)
+    fill(workdir, leave=200_000)
+    checkpoints.save(large(1), 1)
+    with pytest.raises(CheckpointError, match=r"checkpoints/1: not saved .*No space left") as caught:
+        checkpoints.close()
+    assert caught.value.exit_code == 4 and len(caught.value.problems) == 1
+    assert steps_in(workdir) == []
+
+
+def test_a_save_that_cannot_begin_is_told_and_the_next_is_tried(tmp_path, monkeypatch, capsys):
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+
+    def fail(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    checkpoints.save(make_state(1, 1), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._orbax, "save", fail)
+        checkpoints.save(make_state(2, 2), 2)
+    checkpoints.save(make_state(3, 3), 3)
+    told = "checkpoints/2: not saved ([Errno 5] Input/output error); training goes on, and the next one is tried"
+    assert told in capsys.readouterr().out
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "count"),
+    [
+        (100, {}, 1),
+        (100, {"every": 60}, 2),
+        (100, {"every": 10}, 4),
+        (100, {"every": 10, "keep": 1}, 2),
+        (100, {"minutes": 1.0}, 4),
+        (100, {"every": 10, "keep": 1, "keep_every": 50}, 4),
+    ],
+)
+def test_space_is_needed_for_what_will_be_kept_and_one_more(steps, options, count, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, CONFIG, **options)
+    abstract = {
+        "kernel": jax.ShapeDtypeStruct((10**6, 10), jnp.float32),
+        "half": jax.ShapeDtypeStruct((5,), "bfloat16"),
+    }
+    size = 4 * 10**7 + 10
+    free = count * size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    checkpoints.make_sure_of_space(abstract, steps)
+    free -= 1
+    with pytest.raises(ConfigError, match=rf"{free / 1e9:.3g} GB are free there, and {count} checkpoints of 0.04 GB"):
+        checkpoints.make_sure_of_space(abstract, steps)
+    checkpoints.close()
+
+
+def test_what_is_there_already_needs_no_more_space(tmp_path, monkeypatch):
+    state = saved(tmp_path, 10, 20, 30)
+    checkpoints = Checkpoints(tmp_path, CONFIG, every=10)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    checkpoints.make_sure_of_space(shapes_of(state), 100)
+    checkpoints.make_sure_of_space(shapes_of(state), 30)
+    checkpoints.close()

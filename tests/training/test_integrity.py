@@ -245,7 +245,7 @@ def test_sums_are_written_before_a_checkpoint_is_committed(tmp_path, monkeypatch
     monkeypatch.setattr(integrity, "_own_sum", lambda contents: 1 / 0)  # as if killed
     checkpoints = Checkpoints(tmp_path, CONFIG)
     checkpoints.save(make_state(1), 1)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(CheckpointError, match=r"not saved .division by zero"):
         checkpoints.close()
     assert checkpoint.steps_in(tmp_path / "checkpoints") == []
 

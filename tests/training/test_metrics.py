@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import shutil
+import time
 
 import numpy as np
 import pytest
+from clu import metric_writers
 from PIL import Image
 
 from mae_jax.training import metrics
@@ -101,6 +104,62 @@ def test_tensorboard_holds_the_same_scalars_and_the_picture(tmp_path):
     assert losses == [(3, 0.25), (6, 0.125)]
 
 
+def test_lines_that_a_full_disk_has_no_room_for_are_written_when_it_has(small_disk, capsys):
+    disk = small_disk(1_000_000)
+    writer = metrics.Writer(disk)
+    (disk / "filling").write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
+    for step in range(1, 201):
+        writer.scalars(step, {"train/loss": 1 / step})
+    assert 0 < len(metrics.read(writer.path)) < 200
+    writer.picture(200, "reconstructions", np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8))
+    (disk / "filling").unlink()
+    writer.scalars(201, {"train/loss": 1.0})
+    writer.close()
+    assert steps_in(disk) == list(range(1, 202))
+    told = capsys.readouterr().out.splitlines()
+    assert len([line for line in told if "metrics.jsonl: not written for now (No space left on device)" in line]) == 1
+    assert len([line for line in told if "step_200.png: not written (No space left on device)" in line]) == 1
+
+
+def test_metrics_go_on_where_tensorboard_has_lost_its_folder(tmp_path, capsys):
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(1, {"train/loss": 0.5})
+    writer._tensorboard.flush()
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in (2, 3):
+        writer.scalars(step, {"train/loss": 0.5})
+    writer.close()
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert len([line for line in capsys.readouterr().out.splitlines() if "not written any more" in line]) <= 1
+
+
+@pytest.mark.parametrize("first", ["write_scalars", "write_images", "close"])
+def test_metrics_go_on_without_tensorboard_from_its_first_error_on(first, tmp_path, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, path):
+            pass
+
+        def __getattr__(self, name):
+            def call(*args, **options):
+                if name == first:
+                    raise OSError(28, "No space left on device")
+
+            return call
+
+    monkeypatch.setattr(metric_writers, "SummaryWriter", Broken)
+    writer = metrics.Writer(tmp_path)
+    for step in range(1, 6):
+        writer.scalars(step, {"train/loss": 0.5})
+        writer.picture(step, "pictures", np.zeros((4, 4, 3), np.uint8))
+        if writer._tensorboard:
+            time.sleep(0.05)  # for it to fail, in the background
+    writer.close()
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+    assert len(list((tmp_path / "pictures").iterdir())) == 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'tensorboard'}: not written any more (") and "No space left" in line
+
+
 class Clock:
     """Time that passes only when told to."""
 
@@ -161,6 +220,23 @@ def speed(images_per_second, waiting):
     return {
         "train/images_per_second": pytest.approx(images_per_second, rel=1e-9),
         "perf/data_wait_fraction": pytest.approx(waiting, rel=1e-9),
+    }
+
+
+def test_of_several_hosts_the_one_that_waits_longest_for_data_is_named(clock, monkeypatch):
+    lines = Lines()
+    progress = metrics.Progress(lines, steps=20, batch_size=32)
+    progress.start(1)
+    spend(clock, 1.0, progress.waiting)
+    spend(clock, 3.0)
+    monkeypatch.setattr(metrics.hosts, "gather", lambda own: [own, "0.75", "0.5"])
+    progress.log(11, {"loss": 2.0})
+    ((_, numbers),) = lines.lines
+    found = {name: value for name, value in numbers.items() if name.startswith("perf/")}
+    assert found == {
+        "perf/data_wait_fraction": 0.25,
+        "perf/slowest_host": 1,
+        "perf/slowest_host_data_wait_fraction": 0.75,
     }
 
 
