@@ -9,7 +9,7 @@ from mae_jax.__main__ import main
 @pytest.mark.parametrize(
     "spec", ["pretrain.py:digits", "finetune.py:digits", "probe.py:digits", "pretrain.py:vit_b16,tiny"]
 )
-def test_any_training_config_says_what_to_look_at(spec, capsys, tmp_path, monkeypatch):
+def test_any_training_config_says_what_to_look_at(spec, capsys):
     assert main(["check-data", f"--config=configs/{spec}", "--config.data.held_out=test[:9]"]) == 0
     told = capsys.readouterr()
     assert "training split 'train" in told.out and "held-out split 'test[:9]'" in told.out and told.err == ""

@@ -74,6 +74,7 @@ def test_a_spike_is_skipped_where_that_is_asked_for():
 
 
 def guarded(tmp_path, back="earlier", first=0, **options):
+    tmp_path.mkdir(exist_ok=True)
     return Guard(tmp_path, first, lambda step: [step, step + 1], lambda state: back, 100, 20, **options)
 
 
