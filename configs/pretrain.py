@@ -110,7 +110,8 @@ def paper() -> ConfigDict:
     config.monitor = {"every": 31_200, "bank": 50_000, "queries": 10_000, "k": 20, "pool": "mean"}
     config.pictures = {"every": 3120, "count": 8}
     config.checkpoint = {"every": 3120, "keep": 3, "keep_every": 31_200, "minutes": 0.0}  # 312 steps an epoch
-    config.guard = {"patience": 5, "spike": 0.0}  # of steps that are not finite; spike: or so many times too large
+    # steps in a row that are not finite, or so many times too large; the share of samples that may be unreadable
+    config.guard = {"patience": 5, "spike": 0.0, "unreadable": 0.1}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config
 

@@ -79,7 +79,8 @@ def imagenet() -> ConfigDict:
     config.log = {"every": 20}
     config.eval = {"every": 780, "images": placeholder(int)}
     config.checkpoint = {"every": 780, "keep": 1, "keep_every": 0, "minutes": 0.0}
-    config.guard = {"patience": 5, "spike": 0.0}  # of steps that are not finite; spike: or so many times too large
+    # steps in a row that are not finite, or so many times too large; the share of samples that may be unreadable
+    config.guard = {"patience": 5, "spike": 0.0, "unreadable": 0.1}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1: all devices that the others leave
     return config
 

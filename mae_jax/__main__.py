@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> int:
     name, *arguments = argv
     if name not in JOBS:
         raise ConfigError(f"no job {name!r}; the jobs are {', '.join(JOBS)}{nearest(name, JOBS)}")
-    job = import_module(f"mae_jax.jobs.{name}" + "_" * keyword.iskeyword(name))
+    job = import_module(f"mae_jax.jobs.{name.replace('-', '_')}" + "_" * keyword.iskeyword(name))
     usage = USAGE.replace("JOB", name)
     also = getattr(job, "ALSO", ())  # flags beside the config
     if also:

@@ -280,6 +280,7 @@ MISTAKES_IN_FILES = {
     "config.noise.std = -0.5": ["config.noise.std", "-0.5", "0 is off"],
     "config.data.jitter = -0.1": ["config.data.jitter", "-0.1", "0 is off"],
     "config.data.randaugment = 11.0": ["config.data.randaugment", "11.0", "between 0 (off) and 10"],
+    "config.guard.unreadable = 1.5": ["config.guard.unreadable", "1.5", "between 0 and 1 (off)"],
     "config.encoder.positions = 'learnt'": ["config.encoder.positions", "did you mean learned?"],
     "config.encoder.drop_path = 0.1": ["config.encoder", "drop_path", "fine-tuning"],
     "config.encoder.final_norm = False": ["config.encoder", "final_norm", "fine-tuning"],

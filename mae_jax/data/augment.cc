@@ -248,7 +248,7 @@ bool is_whole_jpeg(const tstring& file) {
   return size > 4 && !std::memcmp(file.data(), "\xff\xd8\xff", 3) && !std::memcmp(file.data() + size - 2, "\xff\xd9", 2);
 }
 
-// (height, width) of each file; (0, 0) of what is no whole JPEG.
+// (height, width) of each file; (0, 0) of what is no whole JPEG, or of more than MAX_PIXELS.
 REGISTER_OP("MaeJpegShapes").Input("files: string").Output("shapes: int32");
 
 void jpeg_shapes(Context* context) {
@@ -259,7 +259,8 @@ void jpeg_shapes(Context* context) {
   for (int i = 0; i < files.size(); ++i) {
     int height, width, channels;
     const bool found = is_whole_jpeg(files(i)) &&
-                       tensorflow::jpeg::GetImageInfo(files(i).data(), files(i).size(), &width, &height, &channels);
+                       tensorflow::jpeg::GetImageInfo(files(i).data(), files(i).size(), &width, &height, &channels) &&
+                       static_cast<std::int64_t>(height) * width <= MAX_PIXELS;
     shapes(i, 0) = found ? height : 0;
     shapes(i, 1) = found ? width : 0;
   }
@@ -267,10 +268,11 @@ void jpeg_shapes(Context* context) {
 
 REGISTER_KERNEL_BUILDER(Name("MaeJpegShapes").Device(tensorflow::DEVICE_CPU), Kernel<jpeg_shapes>);
 
-// Crops [n,repeats] of JPEGs, resized to `size`: boxes are (top, left, height, width). Where there is but one crop of a
-// file, nothing else of it is decoded. What cannot be decoded is black, and not `done`.
+// Crops [n,repeats] of JPEGs of these `shapes`, resized to `size`: boxes are (top, left, height, width). Where there is
+// but one crop of a file, nothing else of it is decoded. What cannot be decoded is black, and not `done`.
 REGISTER_OP("MaeJpegCrops")
     .Input("files: string")
+    .Input("shapes: int32")
     .Input("boxes: int32")
     .Input("mirrored: bool")
     .Input("size: int32")
@@ -279,9 +281,10 @@ REGISTER_OP("MaeJpegCrops")
 
 void jpeg_crops(Context* context) {
   const auto files = context->input(0).vec<tstring>();
-  const auto boxes = context->input(1).tensor<int, 3>();
-  const auto mirrored = context->input(2).matrix<bool>();
-  const auto size = context->input(3).vec<int>();
+  const auto shapes = context->input(1).matrix<int>();
+  const auto boxes = context->input(2).tensor<int, 3>();
+  const auto mirrored = context->input(3).matrix<bool>();
+  const auto size = context->input(4).vec<int>();
   const int repeats = boxes.dimension(1);
   Tensor *crops = nullptr, *done = nullptr;
   OP_REQUIRES_OK(context, context->allocate_output(0, {files.size(), repeats, size(0), size(1), 3}, &crops));
@@ -304,8 +307,8 @@ void jpeg_crops(Context* context) {
       pixels.resize(stride * height);
       return pixels.data();
     };
-    const bool decoded = is_whole_jpeg(files(i)) && tensorflow::jpeg::Uncompress(files(i).data(), files(i).size(),
-                                                                                 flags, nullptr, allocate);
+    const bool decoded = shapes(i, 0) > 0 && tensorflow::jpeg::Uncompress(files(i).data(), files(i).size(), flags,
+                                                                          nullptr, allocate);
     done->vec<bool>()(i) = decoded;
     for (int j = 0; j < repeats; ++j, out += bytes)
       if (decoded) {

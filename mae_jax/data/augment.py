@@ -21,6 +21,7 @@ from mae_jax import compiled
 with epy.lazy_imports():
     import tensorflow as tf
 
+MAX_PIXELS = 2**29 // 3  # of a file, 512 MiB of RGB, as in Pillow: a few bytes can claim more than there is memory
 MAX_ASPECT = 16  # sides of a resized image over those of its target; else a line of pixels would fill the memory
 
 
@@ -28,12 +29,23 @@ def decode(data, channels: int):
     """Any image file to uint8[h,w,C]: JPEG, PNG, GIF, WebP, BMP and what else Pillow reads; of an animation, frame 0.
 
     The content decides, not the name. Transparency is dropped; C = 1 takes the luminance of ITU-R BT.601, as PIL does.
+    What claims more than `MAX_PIXELS` is an error, before there is memory taken for it.
     """
-    # TensorFlow is the faster, but refuses animated and transparent WebP, and gets BMPs with a palette wrong
-    tensorflows = tf.reduce_any(tf.strings.substr(data, 0, 3) == tf.constant([b"\xff\xd8\xff", b"\x89PN", b"GIF"]))
+    start = tf.strings.substr(data, 0, 3)
+    is_jpeg, is_png = start == b"\xff\xd8\xff", start == b"\x89PN"
+
+    def with_tensorflow():
+        # how high and wide a PNG is, is at one place
+        of_png = lambda: tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.int32, little_endian=False)  # noqa: E731
+        pixels = _limited(tf.cond(is_jpeg, lambda: tf.image.extract_jpeg_shape(data)[:2], of_png))
+        with tf.control_dependencies([pixels]):
+            return tf.io.decode_image(data, channels=3, expand_animations=False)
+
+    # TensorFlow is the faster, but refuses animated and transparent WebP, gets BMPs with a palette wrong, and makes
+    # room for all frames of a GIF
     image = tf.cond(
-        tensorflows,
-        lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
+        is_jpeg | is_png,
+        with_tensorflow,
         lambda: tf.numpy_function(_decode_with_pillow, [data[None]], tf.uint8, stateful=False),
     )
     image = tf.ensure_shape(image, (None, None, 3))
@@ -44,13 +56,29 @@ def decode(data, channels: int):
     return image
 
 
+def _limited(shape):
+    """The `shape` i32[2] that a file claims; an error where that is more than `MAX_PIXELS`."""
+    pixels = tf.reduce_prod(tf.cast(shape, tf.int64))
+    with tf.control_dependencies([tf.debugging.Assert(pixels <= MAX_PIXELS, [pixels, "pixels are too many"])]):
+        return tf.identity(shape)
+
+
 def _decode_with_pillow(data: np.ndarray) -> np.ndarray:
-    with Image.open(io.BytesIO(data[0])) as image:
+    with Image.open(io.BytesIO(data[0]), formats=_formats()) as image:
+        if image.width * image.height > MAX_PIXELS:  # if Pillow was told to take more
+            raise ValueError(f"{image.width * image.height} pixels are too many")
         if image.mode.startswith("I;16"):  # Pillow would clip to 255 what is brighter
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError("32-bit pixels, of which nobody knows the range")
         return np.asarray(image.convert("RGB"))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """All that Pillow reads but for EPS: that is a program, which Ghostscript would run."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def resize(image, size: Sequence[int], mirrored=False):
@@ -71,6 +99,7 @@ def resize(image, size: Sequence[int], mirrored=False):
 def _operations():
     """TensorFlow's functions from augment.cc; None where it cannot be compiled."""
     options = [*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags(), f"-DTENSORFLOW={tf.__version__}"]
+    options.append(f"-DMAX_PIXELS={MAX_PIXELS}")
     options += [f"-I{tf.sysconfig.get_include()}/external/libjpeg_turbo", "-l:libtensorflow_cc.so.2"]
     return compiled.library(Path(__file__).with_name("augment.cc"), tf.load_op_library, *options)
 
@@ -192,7 +221,7 @@ def augment_file(data, channels: int, seed, *, size, name: str, scale, ratio, fl
         return augment(decode(data, channels), seed, **settings)
 
     def crop_of_jpeg():
-        box = random_crop_box(tf.image.extract_jpeg_shape(data)[:2], seed, scale, ratio)
+        box = random_crop_box(_limited(tf.image.extract_jpeg_shape(data)[:2]), seed, scale, ratio)
         return tf.image.decode_and_crop_jpeg(data, box, channels=3)
 
     def crop_of_image():
@@ -223,7 +252,7 @@ def crops_of_jpegs(data, seeds, *, size, scale, ratio, flip: bool):
     shapes = tf.ensure_shape(operations.mae_jpeg_shapes(files=data), (None, 2))
     boxes = random_crop_box(tf.maximum(shapes, 1)[:, None], seeds, scale, ratio)
     mirrored = is_mirrored(seeds) if flip else tf.zeros(tf.shape(seeds)[:-1], tf.bool)
-    crops, done = operations.mae_jpeg_crops(files=data, boxes=boxes, mirrored=mirrored, size=size)
+    crops, done = operations.mae_jpeg_crops(files=data, shapes=shapes, boxes=boxes, mirrored=mirrored, size=size)
     return tf.ensure_shape(crops, (None, seeds.shape[1], *size, 3)), tf.ensure_shape(done, (None,))
 
 

@@ -239,7 +239,7 @@ class Dataset:
             return {**chunk, "image": self._changed(image, chunk, seed) if changes else image}
 
         def mend(chunk):
-            return _mended(chunk, self.channels)
+            return self._mended(chunk, seed)
 
         @as_it_is
         def attempt(chunk):
@@ -261,6 +261,33 @@ class Dataset:
             if not np.array_equal(batch["place"], places(step)):
                 raise DataError(f"images before step {step} were lost; is there enough memory?")
             yield batch
+
+    def _mended(self, chunk: dict, seed: int) -> dict:
+        """The chunk with a black picture, which weighs nothing, in place of each image that cannot be prepared."""
+        if "shape" in chunk:
+            readable = tf.reduce_all(chunk["shape"] > 0, axis=1)
+            black = tf.constant(bytes(self.channels))  # one pixel
+            chunk = {**chunk, "shape": tf.where(readable[:, None], chunk["shape"], 1)}
+        else:
+            readable = functools.partial(self._readable, seed=seed)
+            readable = tf.numpy_function(readable, [chunk["image"], chunk["place"]], tf.bool, stateful=False)
+            readable = tf.ensure_shape(readable, (None,))
+            black = tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))
+        image = tf.where(readable, chunk["image"], black)
+        weight = chunk["weight"] * tf.cast(readable, tf.float32)
+        return {**chunk, "image": image, "weight": weight, "readable": readable}
+
+    def _readable(self, images: np.ndarray, places: np.ndarray, seed: int) -> np.ndarray:
+        """Whether each of some encoded files can be prepared: bool[n]."""
+
+        def can_be(image, place):
+            try:
+                self._prepare({"image": tf.constant(image), "place": tf.constant(place)}, seed)
+            except Exception:  # of TensorFlow or Pillow, and there are many
+                return False
+            return True
+
+        return np.array([can_be(*example) for example in zip(images, places, strict=True)])
 
     def _prepare_all(self, chunk: dict, seed: int):
         """The samples made of each image of a chunk: uint8[n,repeats,H,W,C]."""
@@ -334,31 +361,3 @@ def _spread(x: np.ndarray, rows: np.ndarray, size: int, sharding: Sharding) -> j
         return x[first : first + stop - start]
 
     return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
-
-
-def _mended(chunk: dict, channels: int) -> dict:
-    """The chunk with a black picture, which weighs nothing, in place of each image that cannot be decoded."""
-    if "shape" in chunk:
-        readable = tf.reduce_all(chunk["shape"] > 0, axis=1)
-        black = tf.constant(bytes(channels))  # one pixel
-        chunk = {**chunk, "shape": tf.where(readable[:, None], chunk["shape"], 1)}
-    else:
-        readable = tf.numpy_function(_decodable, [chunk["image"]], tf.bool, stateful=False)
-        readable = tf.ensure_shape(readable, (None,))
-        black = tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))
-    image = tf.where(readable, chunk["image"], black)
-    weight = chunk["weight"] * tf.cast(readable, tf.float32)
-    return {**chunk, "image": image, "weight": weight, "readable": readable}
-
-
-def _decodable(images: np.ndarray) -> np.ndarray:
-    """Whether each of some encoded files can be decoded: bool[n]."""
-
-    def can_be(data):
-        try:
-            decode(tf.constant(data), 3)
-        except Exception:  # of TensorFlow or Pillow, and there are many
-            return False
-        return True
-
-    return np.array([can_be(data) for data in images])

@@ -9,10 +9,11 @@ Beside the commands: `runs`, what all training has in common; `classification`, 
 made elsewhere; `panels`, pictures of reconstructions; `plots`, curves and confusion matrices.
 """
 
-# name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it (or NAME_, where Python has the word)
+# name -> what `mae-jax` says of it; the module mae_jax.jobs.NAME runs it (or NAME_, where Python has the word; - is _)
 JOBS = {
     "prepare": "download or read a TFDS data set and store it for random access",
     "plan": "say what pre-training would need and cost on other machines, before it is paid for",
+    "check-data": "read a whole data set once; say what is in it and what cannot be read",
     "pretrain": "train a masked autoencoder",
     "probe": "train a linear classifier on a frozen encoder",
     "finetune": "train an encoder with a classifier on it, whole or in part, or from nothing",

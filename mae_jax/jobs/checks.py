@@ -335,6 +335,8 @@ def run_problems(config: ConfigDict, devices: Sequence[jax.Device] | None = None
             problems.append(f"config.optim.{key}: {value} is below 0" + ", or not below 1" * (key in ("b1", "b2")))
     if config.guard.spike and config.guard.spike <= 1:
         problems.append(f"config.guard.spike: {config.guard.spike} is not above 1, or 0 (off)")
+    if not 0 <= config.guard.unreadable <= 1:
+        problems.append(f"config.guard.unreadable: {config.guard.unreadable} is not between 0 and 1 (off)")
     if not 0 <= data.randaugment <= 10:
         problems.append(f"config.data.randaugment: {data.randaugment} is not between 0 (off) and 10")
     elif data.randaugment and channels not in (1, 3):

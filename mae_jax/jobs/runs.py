@@ -135,7 +135,9 @@ class Run:
             earlier = self.checkpoints.latest(abstract)
             return earlier and earlier.replace(step=state.step)
 
-        guard = Guard(self.workdir, first, partial(batches.indexes, config.seed), go_back, **config.guard)
+        examples_of = partial(batches.indexes, config.seed)
+        size = (data.batch_size, self.steps_per_epoch)
+        guard = Guard(self.workdir, first, examples_of, go_back, *size, **config.guard)
         examples = batches.shuffled(config.seed, first, batch_sharding(self.mesh))
         try:
             with hosts.failing_at_once():

@@ -158,6 +158,7 @@ def make_train_step(
         new_state = State(state.step + 1, join(inside, outside), opt_state, stats, averages, usual)
         new_state = jax.tree.map(partial(jnp.where, good), new_state, state).replace(step=new_state.step)
         scalars = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step), "skipped": ~good}
+        scalars["data/unreadable"] = jnp.sum(batch["weight"] == 0)
         return jax.lax.with_sharding_constraint(new_state, state_sharding(new_state, mesh)), scalars
 
     return train_step
@@ -209,7 +210,7 @@ def fit(
 
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
-      NumericsError: of the guard.
+      NumericsError, DataError: of the guard.
     """
     first, unseen = int(state.step), []
     with Signals() as signals, Watchdog() as watchdog:
@@ -239,5 +240,5 @@ def fit(
                 state = guard.look(state, *unseen.pop(0))
             watchdog.step()
             if (step + 1) % every == 0 or step + 1 == steps:
-                progress.log(step + 1, jax.device_get(scalars) | {"skipped": guard.skipped})
+                progress.log(step + 1, jax.device_get(scalars) | guard.totals)
     return state

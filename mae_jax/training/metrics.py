@@ -137,8 +137,11 @@ class Progress:
             self.waited += time.perf_counter() - before
 
     def log(self, step: int, scalars: Mapping) -> None:
-        """Write train/NAME for each scalar, and the speed since the last call. All processes have to call this."""
-        numbers = {f"train/{name}": value for name, value in scalars.items()}
+        """Write train/NAME for each scalar whose name has no group of its own, and the speed since the last call.
+
+        All processes have to call this.
+        """
+        numbers = {name if "/" in name else f"train/{name}": value for name, value in scalars.items()}
         line = f"step {step:>{len(str(self.steps))}}/{self.steps} {step / self.steps:4.0%}"
         line += f"  loss {float(scalars['loss']):.4f}"
         seconds = time.perf_counter() - self.since - self.excluded

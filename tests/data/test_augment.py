@@ -3,6 +3,9 @@
 import io
 import itertools
 import math
+import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -501,3 +504,66 @@ def test_a_jpeg_cut_short_is_noticed_wherever_the_crop_lies():
     for i in range(8):
         with pytest.raises(tf.errors.InvalidArgumentError):
             module.augment_file(tf.constant(file[: len(file) * 9 // 10]), 3, tf.constant([3, i], tf.int64), **CROPPED)
+
+
+def png_of(width, height, rows=b""):
+    """A PNG that says it is so large, with `rows` of it, compressed."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def patched(data, after, skip, numbers):
+    """`data` with `numbers` in the place that comes `skip` bytes after the bytes `after`."""
+    at = data.index(after) + skip
+    return data[:at] + numbers + data[at + len(numbers) :]
+
+
+PROGRESSIVE = encoded(RGB, "JPEG", progressive=True)
+BOMBS = {
+    "png": png_of(50_000, 50_000, zlib.compress(bytes(1000))),
+    "png as Pillow would not take it": png_of(20_000, 20_000, zlib.compress(bytes(1000))),
+    "jpeg": patched(FILES["jpeg"][0], b"\xff\xc0", 5, struct.pack(">HH", 50_000, 50_000)),
+    "jpeg as Pillow would not take it": patched(FILES["jpeg"][0], b"\xff\xc0", 5, struct.pack(">HH", 20_000, 20_000)),
+    "progressive jpeg": patched(PROGRESSIVE, b"\xff\xc2", 5, struct.pack(">HH", 20_000, 20_000)),
+    "gif": patched(FILES["gif"][0], b"GIF8", 6, struct.pack("<HH", 50_000, 50_000)),
+    "webp": patched(FILES["webp"][0], b"VP8L", 9, struct.pack("<I", 16_382 | 16_382 << 14)),
+    "bmp": patched(FILES["bmp"][0], b"BM", 18, struct.pack("<ii", 50_000, 50_000)),
+}
+
+
+def assert_refused(data):
+    """The file is an error however it is read, and takes no memory to speak of."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((tf.errors.OpError, OSError, ValueError, Image.DecompressionBombError)):
+        decode(tf.constant(data), 3)
+    with pytest.raises((tf.errors.OpError, OSError, ValueError, Image.DecompressionBombError)):
+        module.augment_file(tf.constant(data), 3, tf.constant([3, 1], tf.int64), **CROPPED)
+    settings = {key: value for key, value in CROPPED.items() if key != "name"}
+    found = crops_of_jpegs(tf.constant([data]), tf.constant([[[3, 1]]], tf.int64), **settings)
+    assert found is None or not found[1].numpy().any()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 1024  # KiB
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_claims_more_than_the_memory_can_hold_is_an_error(name):
+    assert_refused(BOMBS[name])
+
+
+@pytest.mark.slow
+def test_a_picture_of_nothing_that_would_fill_the_memory_is_an_error():
+    packer = zlib.compressobj(1)
+    rows = b"".join(packer.compress(bytes(1 + 3 * 20_000)) for _ in range(20_000)) + packer.flush()
+    assert len(rows) < 2**23
+    assert_refused(png_of(20_000, 20_000, rows))
+
+
+def test_a_program_is_no_picture():
+    """Pillow would have Ghostscript run it."""
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(program)).format == "EPS"
+    with pytest.raises((tf.errors.OpError, OSError, ValueError), match="cannot identify"):
+        decode(tf.constant(program), 3)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax.data import augment, pipeline
+from mae_jax.data import augment
 from mae_jax.data.jitter import jitter
 from mae_jax.data.pipeline import CHUNK, Dataset
 from mae_jax.data.randaugment import rand_augment
@@ -433,7 +433,7 @@ def test_a_file_deleted_while_training_weighs_nothing(tmp_path, caplog):
 def test_images_that_get_lost_are_an_error(tmp_path, monkeypatch):
     """As when there is no memory to prepare them, even with what cannot be decoded replaced."""
     data = make_folder(tmp_path / "tree", 40, bad=(20,))
-    monkeypatch.setattr(pipeline, "_decodable", lambda images: np.ones(len(images), bool))
+    monkeypatch.setattr(Dataset, "_readable", lambda self, images, places, seed: np.ones(len(images), bool))
     with pytest.raises(DataError, match="lost"):
         take(data.once(sharding()), 10)
 

@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mae_jax.__main__ import main
 from mae_jax.data.pipeline import Dataset
-from mae_jax.errors import NumericsError
+from mae_jax.errors import DataError, NumericsError
 from mae_jax.jobs import pretrain
 from mae_jax.training import metrics, optim
 from mae_jax.training.guard import Guard
 from mae_jax.training.loop import USUAL, create_state, make_train_step
 from mae_jax.training.sharding import make_mesh
 
-GOOD = {"skipped": False, "loss": 1.0, "grad_norm": 1.0}
-BAD = {"skipped": True, "loss": float("nan"), "grad_norm": float("inf")}
+GOOD = {"skipped": False, "loss": 1.0, "grad_norm": 1.0, "data/unreadable": 0}
+BAD = {"skipped": True, "loss": float("nan"), "grad_norm": float("inf"), "data/unreadable": 0}
 DATA = ("--config.data.split=train[:80]", "--config.data.held_out=test[:20]")
 
 
@@ -73,20 +74,21 @@ def test_a_spike_is_skipped_where_that_is_asked_for():
 
 
 def guarded(tmp_path, back="earlier", first=0, **options):
-    return Guard(tmp_path, first, lambda step: [step, step + 1], lambda state: back, **options)
+    tmp_path.mkdir(exist_ok=True)
+    return Guard(tmp_path, first, lambda step: [step, step + 1], lambda state: back, 100, 20, **options)
 
 
 def test_what_is_skipped_is_counted_and_written_down(tmp_path, capsys):
     guard = guarded(tmp_path, patience=2)
-    assert guard.look("now", 0, GOOD) == "now" and guard.skipped == 0
+    assert guard.look("now", 0, GOOD) == "now" and guard.totals["skipped"] == 0
     assert not guard.path.exists()
     assert guard.look("now", 1, BAD) == "now"
     assert guard.look("now", 2, GOOD) == "now"
     assert guard.look("now", 3, BAD) == "now", "not in a row"
-    assert guard.skipped == 2
+    assert guard.totals["skipped"] == 2
     assert metrics.read(guard.path)[1] == {"step": 3, "loss": "nan", "grad_norm": "inf", "images": [3, 4]}
     assert "step 3: loss nan, grad_norm inf: skipped" in capsys.readouterr().out
-    assert guarded(tmp_path, first=3).skipped == 1, "a run that goes on from step 3 has not seen step 3"
+    assert guarded(tmp_path, first=3).totals["skipped"] == 1, "a run that goes on from step 3 has not seen step 3"
     assert [line["step"] for line in metrics.read(guard.path)] == [1]
 
 
@@ -163,3 +165,89 @@ def test_a_run_goes_back_past_bad_data_once(poisoned, tmp_path, capsys, refused)
     poisoned(5, 6, 7, 8, 9, 10)
     refused(capsys, training(tmp_path / "twice"), 5, "3 steps in a row", "again; lower config.optim")
     assert (tmp_path / "twice" / "checkpoints" / "4").is_dir()
+
+
+def unread(guard, counts, first=0):
+    """Look at steps with so many unreadable samples."""
+    for step, count in enumerate(counts, first):
+        guard.look("now", step, GOOD | {"data/unreadable": count})
+
+
+def test_samples_that_cannot_be_read_are_counted_and_written_down(tmp_path):
+    guard = guarded(tmp_path)
+    unread(guard, [0, 3, 0, 5])
+    assert guard.totals == {"skipped": 0, "data/unreadable": 8}
+    assert metrics.read(guard.unreadable_path) == [{"step": 1, "unreadable": 3}, {"step": 3, "unreadable": 5}]
+    again = guarded(tmp_path, first=3)
+    assert again.totals["data/unreadable"] == 3, "a run that goes on from step 3 has not seen step 3"
+    unread(again, [5, 1], first=3)
+    assert [line["step"] for line in metrics.read(guard.unreadable_path)] == [1, 3, 4]
+
+
+def test_too_many_samples_that_cannot_be_read_end_the_run(tmp_path):
+    unread(guarded(tmp_path / "first"), [100] + [0] * 30)
+    with pytest.raises(
+        DataError, match=r"^101 of the last 1000 samples .* step 9, .*unreadable 0.1; mae-jax check-data"
+    ):
+        unread(guarded(tmp_path / "all"), [100, *[0] * 8, 1])
+    unread(guarded(tmp_path / "off", unreadable=1.0), [100] * 30)
+    spread = guarded(tmp_path / "spread")
+    unread(spread, [10] * 50)
+    with pytest.raises(DataError, match="201 of the last 2000"):
+        unread(spread, [11], first=50)
+    late = guarded(tmp_path / "late")
+    unread(late, [0] * 1000)
+    with pytest.raises(DataError, match=r"300 of the last 2000 samples .* step 1002"):
+        unread(late, [100] * 30, first=1000)
+
+
+def test_a_small_set_is_judged_after_an_epoch(tmp_path):
+    guard = Guard(tmp_path, 0, lambda step: [step], lambda state: state, 8, 3)
+    unread(guard, [8, 0])
+    with pytest.raises(DataError, match="9 of the last 24"):
+        unread(guard, [1], first=2)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_of_bad_files_goes_on_as_if_it_had_not_been_stopped_and_ends_when_there_are_too_many(
+    tmp_path, monkeypatch, caplog, refused, capsys
+):
+    root = tmp_path / "files"
+    root.mkdir()
+    for i in range(48):
+        noise = np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(noise).save(root / f"{i:02}.png")
+    (root / "07.png").write_bytes(b"")
+    arguments = [
+        *("--config=configs/pretrain.py:folder,tiny", "--config.data.source=folder", f"--config.data.path={root}"),
+        *("--config.data.split=all", "--config.data.held_out=all[:8]", "--config.data.batch_size=8"),
+        *("--config.train.steps=12", "--config.checkpoint.every=5", "--config.log.every=3", "--config.mesh.data=1"),
+        *("--config.monitor.bank=8", "--config.monitor.queries=8", "--config.eval.every=0"),
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["pretrain", *arguments, f"--workdir={whole}"]) == 0
+    look = Guard.look
+
+    def die(self, state, step, scalars):
+        if step == 8:
+            raise KeyboardInterrupt
+        return look(self, state, step, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "look", die)
+        assert main(["pretrain", *arguments, f"--workdir={parts}"]) == 130
+    assert main(["pretrain", *arguments, f"--workdir={parts}"]) == 0
+
+    def told(workdir):
+        clocks = ("train/images_per_second", "perf/data_wait_fraction")
+        lines = metrics.read(workdir / "metrics.jsonl")
+        return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+
+    assert told(parts) == told(whole)
+    assert (parts / "unreadable.jsonl").read_text() == (whole / "unreadable.jsonl").read_text()
+    assert [line["data/unreadable"] for line in told(whole) if "data/unreadable" in line][-1] == 2, "in two epochs"
+    for i in range(10):
+        (root / f"{i:02}.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    code = main(["pretrain", *arguments, f"--workdir={tmp_path}/bad"])
+    assert refused(capsys, code, 3, "10 of the last 48 samples") and not list((tmp_path / "bad").glob("checkpoints/9*"))

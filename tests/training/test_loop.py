@@ -59,7 +59,7 @@ class Run:
         assert int(state.step) == step
         self.events.append(f"last save {step}")
 
-    skipped = 0  # so far, and no step is
+    totals = {"skipped": 0, "data/unreadable": 0}  # noqa: RUF012  so far, and no step is
 
     def look(self, state, step, scalars):
         """As the guard does: each step is seen once, in order, at most one step late."""
@@ -71,7 +71,7 @@ class Run:
         self.events.append(f"start {step}")
 
     def log(self, step, scalars):
-        assert scalars == {"loss": step - 1, "skipped": 0}, "step i is logged with the loss of batch i-1"
+        assert scalars == {"loss": step - 1, **self.totals}, "step i is logged with the loss of batch i-1"
         self.events.append(f"log {step}")
 
     @contextlib.contextmanager
@@ -285,7 +285,7 @@ def test_scalars_are_those_of_the_state_before_the_update_and_any_step_can_be_re
         before = jax.device_get(state.params)
         state, scalars = train_step(state, batch(step))
         loss, grads = replay(before, jax.device_get(batch(step)), jax.random.fold_in(key, step))
-        assert set(scalars) == {"loss", "grad_norm", "learning_rate", "skipped"}
+        assert set(scalars) == {"loss", "grad_norm", "learning_rate", "skipped", "data/unreadable"}
         np.testing.assert_allclose(scalars["loss"], loss, rtol=1e-5)
         np.testing.assert_allclose(scalars["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
         np.testing.assert_allclose(scalars["learning_rate"], schedule(step), rtol=1e-6)
