@@ -48,7 +48,7 @@ def own_file(folder, text):
     return str(path)
 
 
-WITHOUT = {"import", "verify", "export", "plan", "sweep"}  # which have flags, or another's
+WITHOUT = {"import", "verify", "export", "plan", "sweep", "check-data"}  # which have flags, or another's
 
 
 @pytest.mark.parametrize("job", [*sorted({*JOBS} - WITHOUT), "sweeps/mask_ratio", "sweeps/chains"])

@@ -42,14 +42,14 @@ WRITES_WORKDIR = True
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train as `config` says, or go on with what is in `workdir`."""
-    checked = check(classification.remember(config, workdir))
-    with alone_in(workdir):
-        _train(workdir, *checked)
-
-
-def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset) -> None:
+    config, data, held_out = check(classification.remember(config, workdir))
     begins = config.init and not steps_in(workdir / FOLDER)
     start = {"encoder": models.encoder_to_start_from(config)} if begins else {}
+    with alone_in(workdir):
+        _train(workdir, config, data, held_out, start)
+
+
+def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset, start: dict) -> None:
     run = Run("finetune", config, workdir, data, classification.FIXED)
     if run.complete:
         return

@@ -40,14 +40,14 @@ WRITES_WORKDIR = True
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train the head as `config` says, or go on with what is in `workdir`."""
-    checked = check(classification.remember(config, workdir))
-    with alone_in(workdir):
-        _train(workdir, *checked)
-
-
-def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset) -> None:
+    config, data, held_out = check(classification.remember(config, workdir))
     resumed = bool(steps_in(workdir / FOLDER))
     start = {} if resumed else {"encoder": models.encoder_to_start_from(config)}
+    with alone_in(workdir):
+        _train(workdir, config, data, held_out, start)
+
+
+def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset, start: dict) -> None:
     run = Run("probe", config, workdir, data, classification.FIXED)
     if run.complete:
         return
@@ -58,7 +58,7 @@ def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset) 
         began = time.perf_counter()
         extract = make_extract(model.encoder, model.pool, config.pixels)
         # config.init may have been trained further since the run began
-        encoder = models.load_encoder(workdir)[1] if resumed else start["encoder"]
+        encoder = start["encoder"] if start else models.load_encoder(workdir)[1]
         shown, looked_at = (part.holding(*collect(extract, encoder, part, run.mesh)) for part in (data, held_out))
         took = time.perf_counter() - began
         print(f"features of {shown.opened.size} and {looked_at.opened.size} images in {took:.1f} s", flush=True)

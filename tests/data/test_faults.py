@@ -118,6 +118,7 @@ def assert_nothing_moves(root, count, **settings):
     assert memory < 8 * 1024  # two pictures at a time of up to `MAX_PIXELS`, and some copies of each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, CROPS], ids=["none", "crops"])
 def test_a_hundred_broken_files_move_nothing(settings, tmp_path):
     assert_nothing_moves(tmp_path, 99, **settings)

@@ -230,6 +230,7 @@ def test_randaugment_comes_last_and_changes_each_sample_by_its_number(name, repe
     assert sum(changed) > len(changed) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "folder", "tfds"])
 def test_jitter_changes_what_was_cropped_and_flipped_before_randaugment_does(name, sets, caplog):
     plain = dataclasses.replace(sets[name], repeats=2, batch_size=8)
@@ -320,6 +321,7 @@ class Held:
         return {f"device {i}": (part,) for i, part in enumerate(self.slices)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "hosts"),
     [
@@ -399,6 +401,7 @@ def test_a_bad_file_changes_nothing_else_in_training(tmp_path, caplog):
     assert complaints(caplog) == {bad.examples.name(i): 1 for i in (4, 9)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_a_compiler_changes_nothing(repeats, tmp_path, monkeypatch):
     make_folder(tmp_path / "tree", 24, bad=(4,))

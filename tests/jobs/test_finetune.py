@@ -72,6 +72,7 @@ def test_its_numbers_are_those_of_the_averaged_weights(tuned, tools):
     assert np.abs(logits["ema/"] - logits["params/"]).max() > 1e-3, "which are others than the last ones"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_if_it_had_not_been(tuned, pretrained, tmp_path, tools, monkeypatch):
     log = metrics.Progress.log
 

@@ -94,6 +94,7 @@ def test_losses_and_gradients_are_those_of_one_device(sizes, alone):
     assert_same_gradients(gradients, alone[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [ONE, MESHES["data2-fsdp2-tensor2"]], ids=["one", "data2-fsdp2-tensor2"])
 def test_accumulating_four_parts_is_the_large_batch(sizes, alone):
     losses, gradients = Training(DIGITS, sizes, accumulate=4).losses(20)
@@ -137,6 +138,7 @@ def test_masks_augmentations_and_drop_path_are_the_same_on_every_mesh(spec):
                 np.testing.assert_allclose(g, w, rtol=0, atol=1e-6 if name in ("image", "target") else 0)
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_all_that_is_random_is_the_same_on_a_mesh_in_parts():
     spec, small = "configs/finetune.py:digits,scratch", (*REGULARIZED, "--config.encoder.depth=2")
     want, want_gradients = Training(spec, ONE, small).losses(5)

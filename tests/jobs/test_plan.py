@@ -67,7 +67,7 @@ def test_the_parts_of_memory_counted_by_hand(digits):
     """Moments are twice the parameters; a device has an eighth of a batch of 64 images of 8 x 8 pixels and weights."""
     assert digits.memory.batch == 64 // 8 * (8 * 8 + 4)
     counts = 2 * 4  # AdamW's, and that of the schedule
-    assert digits.memory.optimizer == 2 * digits.memory.parameters + counts + 4  # and the step
+    assert digits.memory.optimizer == 2 * digits.memory.parameters + counts + 4 + 4  # and the step, and the mean norm
     assert digits.memory.parameters < 4 * sum(digits.parameters.values())
     assert 0 < digits.memory.kept < digits.memory.activations
 

@@ -94,6 +94,7 @@ def test_order_within_the_mask_is_only_the_order_of_the_predictions(case, images
 
 
 @every_case
+@pytest.mark.slow
 def test_gradients_are_finite_and_the_same_on_1_and_8_devices(case, images, mask):
     kind, decoder = CASES[case]
     model = MAE(encoder_of(kind), Decoder(4, width=16, depth=1, heads=2, **decoder))

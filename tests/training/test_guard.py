@@ -208,6 +208,7 @@ def test_a_small_set_is_judged_after_an_epoch(tmp_path):
         unread(guard, [1], first=2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_of_bad_files_goes_on_as_if_it_had_not_been_stopped_and_ends_when_there_are_too_many(
     tmp_path, monkeypatch, caplog, refused, capsys
