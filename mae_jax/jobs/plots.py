@@ -92,8 +92,9 @@ def sweep(
         right.plot(x[there], [theirs[i] for i in there], "s--" if ordered else "s", color="tab:gray", label="paper")
         right.set_ylabel("paper (ViT-L/16, ImageNet-1k)", color="tab:gray")
         axes.plot([], [], "s--" if ordered else "s", color="tab:gray", label="paper, on the right")
-        axes.legend(fontsize=8)
-    axes.set_xticks(x, labels, rotation=0 if ordered or max(map(len, labels)) < 8 else 20, parse_math=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    level = ordered or max(map(len, labels)) < 8
+    axes.set_xticks(x, labels, rotation=0 if level else 20, ha="center" if level else "right", parse_math=False)
     axes.set(xlabel=axis, ylabel=what, title=title)
     axes.grid(alpha=0.3)
     _write(path, figure)
