@@ -123,7 +123,8 @@ def failing_at_once() -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             report(Interrupted(signal.SIGINT, "interrupted"), _name())
             _end(130, 0)
-        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error)):
+        # outside of a step JAX makes ValueErrors of what XLA says
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and re.search(LOST, str(error)):
             report(Lost(f"another process of the job is lost ({_first_line(error)}); run all of them again"), _name())
             _end(Lost.exit_code, 0)
         traceback.print_exc()
