@@ -11,7 +11,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +160,11 @@ def write(path: Path, data: bytes) -> None:
 def write_json(path: Path, value) -> None:
     """Write a JSON file."""
     write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_lines(path: Path, lines: Iterable) -> None:
+    """Write a file with a line of JSON for each of `lines`."""
+    write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

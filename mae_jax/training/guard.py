@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mae_jax.errors import DataError, NumericsError
-from mae_jax.files import if_possible, write
+from mae_jax.files import if_possible, write_lines
 from mae_jax.training import hosts, metrics
 
 SKIPPED = "skipped.jsonl"
@@ -65,7 +65,7 @@ class Guard:
         self.unreadable = sum(line["unreadable"] for line in before)
         self.recent = deque(line for line in before if line["step"] > first - epoch)
         if hosts.leads() and self.unreadable_path.exists():
-            write(self.unreadable_path, "".join(json.dumps(line) + "\n" for line in before).encode())
+            write_lines(self.unreadable_path, before)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -124,4 +124,4 @@ class Guard:
 
     def _write(self) -> None:
         with if_possible(self.path):
-            write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+            write_lines(self.path, self.lines)

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epy
 
 from mae_jax.errors import in_short
-from mae_jax.files import if_possible, in_bucket, write, write_picture
+from mae_jax.files import if_possible, in_bucket, write_lines, write_picture
 from mae_jax.training import hosts
 
 with epy.lazy_imports():
@@ -36,7 +36,7 @@ class Writer:
         if not hosts.leads():
             return
         kept = [line for line in read(self.path) if resume_step and line["step"] <= resume_step]
-        write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_lines(self.path, kept)
         self._there = {(line["step"], *sorted(line.keys() - {"step"})) for line in kept if line["step"] == resume_step}
         self._file = self.path.open("ab") if in_bucket(self.path) else self.path.open("ab", buffering=0)
         self._waiting, self._late = b"", False
