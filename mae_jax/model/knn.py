@@ -46,7 +46,8 @@ def classify(
       i32[len(ks),N].
     """
     similarities, voters = _nearest(bank, labels, queries, max(ks), weight, min(chunk, len(bank)))
-    nearest = similarities[:, :1]  # subtracted, so that the largest vote is 1 at any temperature
+    # subtracted, so that the largest vote is 1 at any temperature; a max, as XLA sorts all where top_k is sliced again
+    nearest = jnp.max(similarities, axis=1, keepdims=True)
     votes = jnp.where(similarities > -jnp.inf, jnp.exp((similarities - nearest) / temperature), 0.0)
 
     def vote(counts, ballot):
