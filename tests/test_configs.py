@@ -11,7 +11,7 @@ import pytest
 from mae_jax.__main__ import main
 from mae_jax.config import complete
 from mae_jax.errors import ConfigError
-from mae_jax.jobs import checks, models, pretrain
+from mae_jax.jobs import checks, model_checks, models, pretrain
 from mae_jax.training import optim
 from mae_jax.training.loop import total_steps
 
@@ -55,7 +55,7 @@ def test_every_recipe_trains_two_steps_at_its_tiny_size(name, tmp_path, quick_co
 @pytest.mark.parametrize("name", [*recipes.RECIPES, *(f"vit_b16,{objective}" for objective in recipes.OBJECTIVES)])
 def test_every_recipe_is_complete_and_builds_at_its_full_size(name):
     config, problems = complete(recipes.get_config(name), pretrain.SCHEMA, pretrain.VALUES)
-    assert problems + checks.autoencoder_problems(config) + checks.run_problems(config) == []
+    assert problems + model_checks.autoencoder_problems(config) + checks.run_problems(config) == []
     model, _ = models.build(config)
     params = jax.eval_shape(lambda: models.init(model, config, jax.random.key(0)))
     width = params["decoder"]["head"]["kernel"].shape[-1]

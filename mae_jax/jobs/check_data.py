@@ -16,9 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mae_jax.config import complete
-from mae_jax.data.augment import AUGMENTATIONS, DRAWING_NOTHING
 from mae_jax.data.pipeline import Dataset
-from mae_jax.data.sources import SOURCES
 from mae_jax.data.survey import Survey, survey
 from mae_jax.errors import ConfigError, DataError
 from mae_jax.jobs import checks
@@ -55,17 +53,7 @@ def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
     if config is None:
         raise ConfigError(problems)
     data, size = config.data, config.data.image_size
-    wrong = checks.unknown_names(
-        {
-            "config.data.source": (data.source, SOURCES),
-            "config.data.augment": (data.augment, AUGMENTATIONS),
-            "config.data.held_out_augment": (data.held_out_augment, DRAWING_NOTHING),
-        }
-    )
-    if data.source in ("folder", "files", "tfds") and data.channels not in (1, 3):
-        wrong.append(f"config.data.channels: image files are read as 1 or 3 channels, not {data.channels}")
-    elif data.channels < 1:
-        wrong.append(f"config.data.channels: {data.channels} is below 1")
+    wrong = checks.source_problems(data)
     if len(size) != 2 or min(size) < 1:
         wrong.append(f"config.data.image_size: {tuple(size)} is not (height, width)")
     wrong += checks.count_problems(config)

@@ -16,7 +16,7 @@ from mae_jax.config import complete
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, DataError
 from mae_jax.files import write_json
-from mae_jax.jobs import checks, models, plots
+from mae_jax.jobs import checks, model_checks, models, plots
 from mae_jax.jobs.runs import Run
 from mae_jax.model.classifier import Classifier
 from mae_jax.model.patches import normalize
@@ -56,7 +56,7 @@ def check(
     config, problems = complete(config, schema, values)
     if config is None:
         raise ConfigError(problems)
-    problems += checks.untold(problems, checks.classifier_problems(config) + checks.run_problems(config))
+    problems += checks.untold(problems, model_checks.classifier_problems(config) + checks.run_problems(config))
     checks.raise_if_no_data(problems)
     data = Dataset(**config.data)
     held_out = data.held_out_set()

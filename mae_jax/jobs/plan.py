@@ -29,7 +29,7 @@ from mae_jax.config import complete
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import known_size
 from mae_jax.errors import ConfigError, UserError
-from mae_jax.jobs import checks, planned, pretrain, remedies
+from mae_jax.jobs import checks, model_checks, planned, pretrain, remedies
 from mae_jax.jobs.planned import Plan
 from mae_jax.jobs.remedies import LIMITS
 from mae_jax.training import hardware
@@ -72,7 +72,7 @@ def check(
     count, wrong = device_count(config, named) if described else (1, [])
     problems += checks.untold(problems, wrong)
     devices = simulated(count)
-    more = checks.autoencoder_problems(config) + checks.run_problems(config, devices)
+    more = model_checks.autoencoder_problems(config) + checks.run_problems(config, devices)
     if wrong or not described:  # the mesh cannot be judged
         more = [problem for problem in more if not problem.startswith("config.mesh")]
     problems += checks.untold(problems, more)

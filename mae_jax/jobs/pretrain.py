@@ -27,7 +27,7 @@ from mae_jax.data.noise import add_noise
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError, DataError
 from mae_jax.files import alone_in
-from mae_jax.jobs import checks, fitting, knn, models, panels
+from mae_jax.jobs import checks, fitting, knn, model_checks, models, panels
 from mae_jax.jobs.runs import Run
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.mae import MAE, Decoder
@@ -267,12 +267,12 @@ def check(config: ConfigDict) -> tuple[ConfigDict, Dataset, Dataset]:
     config, problems = complete(config, SCHEMA, VALUES)
     if config is None:
         raise ConfigError(problems)
-    problems += checks.untold(problems, checks.autoencoder_problems(config) + checks.run_problems(config))
+    problems += checks.untold(problems, model_checks.autoencoder_problems(config) + checks.run_problems(config))
     checks.raise_if_no_data(problems)
     data = Dataset(**config.data)
     held_out = data.held_out_set()
     problems += checks.data_problems(config, data, held_out)
-    problems = problems or checks.fitting_problems(config, data)
+    problems = problems or model_checks.fitting_problems(config, data)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return config, data, held_out

@@ -24,7 +24,7 @@ from mae_jax.config import to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import ConfigError
 from mae_jax.files import make_workdir, write_json, write_picture
-from mae_jax.jobs import checks, models, panels
+from mae_jax.jobs import checks, model_checks, models, panels
 from mae_jax.model import masking
 from mae_jax.model.mae import Decoder
 from mae_jax.model.patches import grid_of
@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def own_problems(config: ConfigDict) -> list[str]:
     """What is wrong with this job's own settings, whatever the model, one line each."""
-    return [f"config.count: {config.count} is below 1"] * (config.count < 1) + checks.sampling_problems(config)
+    return [f"config.count: {config.count} is below 1"] * (config.count < 1) + model_checks.sampling_problems(config)
 
 
 def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
@@ -78,8 +78,8 @@ def check(config: ConfigDict) -> tuple[ConfigDict, ConfigDict, Dataset]:
         raise ConfigError([*problems, f"config.init: {config.init} holds no decoder; name a run of pretrain"])
     trained = ConfigDict({"loss": {}, "noise": {"std": 0.0}, **trained})  # of one made elsewhere, or before there were
     grid = grid_of(trained.data.image_size, trained.encoder.patch_size)
-    problems += checks.mask_problems(config, grid, trained.loss.get("patches", "hidden"))
-    problems += checks.head_problems(Decoder(0, **trained.decoder), config.mask.ratio)
+    problems += model_checks.mask_problems(config, grid, trained.loss.get("patches", "hidden"))
+    problems += model_checks.head_problems(Decoder(0, **trained.decoder), config.mask.ratio)
     trained.mask = config.mask
     data = Dataset(**trained.data).held_out_set().but(cache="")
     if config.images:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from mae_jax.jobs import checks, planned
+from mae_jax.jobs import checks, model_checks, planned
 from mae_jax.jobs.planned import Plan
 
 TRIES = 4  # each takes as long to compile as the plan itself
@@ -29,7 +29,7 @@ def advice(plan: Plan, devices: Sequence[jax.Device], images: int | None) -> str
     for change in itertools.islice(changes, TRIES):
         config = copy.deepcopy(plan.config)
         config.update_from_flattened_dict(change)
-        if checks.autoencoder_problems(config) + checks.run_problems(config, devices):
+        if model_checks.autoencoder_problems(config) + checks.run_problems(config, devices):
             continue
         other = planned.make(config, plan.hardware, devices, images)
         needs, takes = other.memory.total / 2**20, 1e3 * other.estimate.step

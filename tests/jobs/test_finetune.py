@@ -11,7 +11,7 @@ import pytest
 
 import mae_jax
 from mae_jax.config import complete, load
-from mae_jax.jobs import checks, classification, finetune, models
+from mae_jax.jobs import checks, classification, finetune, model_checks, models
 from mae_jax.model.positions import sincos_positions
 from mae_jax.model.vit import SIZES
 from mae_jax.training import metrics, optim
@@ -250,7 +250,7 @@ def full_size(spec):
         trained, _ = load(f"configs/pretrain.py:{spec.removesuffix('_448')}")
         config.encoder = {**trained.encoder.to_dict(), **config.encoder.to_dict()}
     config, problems = complete(config, finetune.SCHEMA, finetune.VALUES)
-    assert problems + checks.classifier_problems(config) + checks.run_problems(config) == []
+    assert problems + model_checks.classifier_problems(config) + checks.run_problems(config) == []
     config.classes = [str(i) for i in range(1000)]
     return config
 

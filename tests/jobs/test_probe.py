@@ -11,7 +11,7 @@ import mae_jax
 from mae_jax.config import complete, load
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import digits
-from mae_jax.jobs import checks, classification, probe
+from mae_jax.jobs import checks, classification, model_checks, probe
 from mae_jax.training import metrics, optim
 from mae_jax.training.loop import total_steps
 
@@ -216,7 +216,7 @@ def test_the_imagenet_recipe_is_that_of_the_paper(encoder, width):
     trained, _ = load(f"configs/pretrain.py:{encoder}")
     config.encoder = trained.encoder
     config, problems = complete(config, probe.SCHEMA, probe.VALUES)
-    assert problems + checks.classifier_problems(config) + checks.run_problems(config) == []
+    assert problems + model_checks.classifier_problems(config) + checks.run_problems(config) == []
     config.classes = [str(i) for i in range(1000)]
     model = classification.build(config)
     params, stats = jax.eval_shape(lambda: classification.init(model, config, jax.random.key(0)))

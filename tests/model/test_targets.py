@@ -12,7 +12,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import PCA
 
 from mae_jax.config import complete, load
-from mae_jax.jobs import checks, models, panels, pretrain
+from mae_jax.jobs import model_checks, models, panels, pretrain
 from mae_jax.model import losses, targets
 from mae_jax.model.hog import hog
 from mae_jax.model.losses import LOSSES
@@ -208,7 +208,7 @@ def test_a_tokenizer_of_one_s_own_is_a_row(monkeypatch):
     monkeypatch.setitem(TARGETS, "brightness", brightness)
     config, _ = load("configs/pretrain.py:digits,tiny", ["--config.target.name=brightness", "--config.encoder.depth=1"])
     config, problems = complete(config, pretrain.SCHEMA, pretrain.VALUES)
-    assert problems + checks.autoencoder_problems(config) == []
+    assert problems + model_checks.autoencoder_problems(config) == []
     model, target = models.build(config)
     assert model.decoder.target_width == 8
     params = jax.jit(lambda key: models.init(model, config, key))(jax.random.key(0))
