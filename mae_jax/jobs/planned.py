@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.jobs import models, pretrain, runs
-from mae_jax.model import native
-from mae_jax.model.flops import training_flops
+from mae_jax.model import masking, native, targets
+from mae_jax.model.flops import attended_flops, training_flops
 from mae_jax.model.mae import MAE
+from mae_jax.model.patches import grid_of
 from mae_jax.training import program
 from mae_jax.training.hardware import Hardware
 from mae_jax.training.loop import KEEP_BARRIERS, State, total_steps
@@ -168,10 +169,15 @@ def flops(config: ConfigDict) -> tuple[int, float]:
 
 
 def needed(model: MAE, config: ConfigDict) -> int:
-    """FLOPs of one image in a training step, as `model.flops` counts them."""
+    """FLOPs of one image in a training step, as `model.flops` counts them: masks and targets that need any included."""
     data, mask = config.data, config.mask
     every_patch = config.loss.patches == "all"
-    return training_flops(model, data.image_size, data.channels, mask.ratio, every_patch, mask.decoded)
+    step = training_flops(model, data.image_size, data.channels, mask.ratio, every_patch, mask.decoded)
+    looked = attended_flops(model, data.image_size, data.channels) if mask.name in masking.GUIDED else 0
+    fitted = targets.make(config.encoder.patch_size, **config.target).unfitted(models.patch_values(config))
+    patches = math.prod(grid_of(data.image_size, config.encoder.patch_size))
+    encoded = 2 * patches * sum(x.size for x in fitted.values() if x.ndim > 1)  # components, or a codebook
+    return step + looked + encoded
 
 
 def memory_of(compiled: jax.stages.Compiled, state, batch, kept: int) -> Memory:

@@ -77,3 +77,15 @@ def training_flops(
     """
     parts = forward_flops(model, image_size, channels, ratio, every_patch, decoded)
     return 3 * sum(parts.values()) - parts["patch_embedding"]
+
+
+def attended_flops(model: MAE, image_size: Sequence[int], channels: int) -> int:
+    """Of what the cls token of one image attends to (`model.attention`), which guided masks are drawn from."""
+    encoder = model.encoder
+    rows, cols = grid_of(image_size, encoder.patch_size)
+    patches, width = rows * cols, encoder.width
+    tokens = 1 + patches
+    embedding = 2 * patches * encoder.patch_size**2 * channels * width
+    query, keys, logits = 2 * width * width, 2 * tokens * width * width, 2 * tokens * width
+    before = (encoder.depth - 1) * block_flops(tokens, tokens, width, encoder.mlp_ratio)
+    return embedding + before + query + keys + logits

@@ -241,3 +241,16 @@ def test_vit_h_for_256_devices_takes_minutes_and_a_few_gib():
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200)
     assert "656,613,964" in done.stdout and "499,200 steps" in done.stdout and "fits" in done.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 20 * 2**20  # KiB
+
+
+OTHERS = ["mask.name=most_attended", "target.name=pca", "target.name=tokens", "decoder.mask_tokens=encoder"]
+OTHERS += ["decoder.kind=cross", "mask.decoded=0.5", "loss.patches=all"]
+
+
+@pytest.mark.parametrize("setting", [OTHERS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS[1:])])
+def test_the_compiled_step_does_what_was_counted(setting):
+    """Masks by attention, and fitted targets, included; within 2 % at a width of 96."""
+    sizes = ("--config.encoder.width=96", "--config.target.size=8") if "target" in setting else ()
+    config = configured("fashion_mnist", "--config.encoder.depth=2", *sizes, f"--config.{setting}")
+    needed, computed = planned.flops(config)
+    assert 1 <= computed / needed <= 1.02
