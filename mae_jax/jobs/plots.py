@@ -1,9 +1,9 @@
-"""Figures as PNG files: training curves and confusion matrices."""
+"""Figures as PNG files: training curves, confusion matrices, and sweeps."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,39 +64,42 @@ def sweep(
     path: Path,
     title: str,
     axis: str,
-    what: str,
     labels: Sequence[str],
     at: Sequence[float | None],
-    ours: Sequence[np.ndarray],
-    theirs: Sequence[float | None],
+    columns: Mapping[str, tuple[Sequence[np.ndarray], Sequence[float | None]]],
 ) -> None:
-    """What the settings of a sweep have shown: means over seeds with their standard deviations, and what is published.
+    """What the settings of a sweep have shown, a panel for each column: means over seeds, and standard deviations.
 
-    Published numbers are of other data and models; they have an axis of their own, on the right.
+    What is published is of other data and models, and has an axis of its own, on the right.
 
     Args:
       at: where each setting stands; with any None, all stand side by side.
-      ours: the values of each setting's seeds.
-      theirs: the published value of each; None: there is none.
+      columns: by name, in percent: the values of each setting's seeds, and what is published of it; None: nothing is.
     """
-    figure = figures.Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure = figures.Figure(figsize=(1 + 4.2 * len(columns), 3.8), layout="constrained")
+    figure.suptitle(title)
     ordered = all(x is not None for x in at)
     x = np.array(at if ordered else range(len(labels)), float)
-    means = np.array([np.mean(values) if len(values) else np.nan for values in ours])
-    spreads = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in ours])
-    axes.errorbar(x, means, spreads, fmt="o-" if ordered else "o", capsize=3, label="here")
-    there = [i for i, value in enumerate(theirs) if value is not None]
-    if there:
-        right = axes.twinx()
-        right.plot(x[there], [theirs[i] for i in there], "s--" if ordered else "s", color="tab:gray", label="paper")
-        right.set_ylabel("paper (ViT-L/16, ImageNet-1k)", color="tab:gray")
-        axes.plot([], [], "s--" if ordered else "s", color="tab:gray", label="paper, on the right")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    level = ordered or max(map(len, labels)) < 8
-    axes.set_xticks(x, labels, rotation=0 if level else 20, ha="center" if level else "right", parse_math=False)
-    axes.set(xlabel=axis, ylabel=what, title=title)
-    axes.grid(alpha=0.3)
+    level = ordered or max(map(len, labels)) * len(labels) < 40
+    entries = {}
+    for axes, (column, (ours, theirs)) in zip(
+        figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True
+    ):
+        means = np.array([np.mean(values) if len(values) else np.nan for values in ours])
+        spreads = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in ours])
+        entries["here"] = axes.errorbar(x, means, spreads, fmt="o-" if ordered else "o", capsize=3)
+        there = [i for i, value in enumerate(theirs) if value is not None]
+        if there:
+            right, style = axes.twinx(), "s--" if ordered else "s"
+            published = [theirs[i] for i in there]
+            (entries["paper (ViT-L/16, ImageNet-1k), on the right"],) = right.plot(
+                x[there], published, style, color="tab:gray", alpha=0.7
+            )
+            right.tick_params(axis="y", labelcolor="tab:gray")
+        axes.set_xticks(x, labels, rotation=0 if level else 30, ha="center" if level else "right", parse_math=False)
+        axes.set(xlabel=axis, ylabel="top-1 %", title=column)
+        axes.grid(alpha=0.3)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=2, fontsize=9)
     _write(path, figure)
 
 

@@ -9,13 +9,13 @@ one setting and one seed. What is finished is kept: the same command again runs 
     TRIAL/seed_N/log.txt           what they said
     TRIAL/seed_N/flops.json        of one image in a training step: needed, and computed by the compiled program
     sweep.csv                      a line for each trial and seed
-    sweep.md, COLUMN.png           means over seeds, and their spread, beside the numbers of the paper
+    sweep.md, sweep.png            means over seeds, and their spread, beside the numbers of the paper
 
     --parallel=N           so many trials at a time, on this machine or on a cluster; 1 if not given
     --slurm=KEY=VALUE,...  as an array of Slurm jobs, as in --slurm=partition=gpu,gpus_per_node=8,timeout_min=600: each
                            trial is one process, with all devices that it finds. Does not wait for them
     --dry-run              list the trials, with parameters, FLOPs and a guess of the time, and run nothing
-    --collect              make the table and the plots from what is there, and run nothing
+    --collect              make the table and the plot from what is there, and run nothing
     --seeds=0,1,2          seeds, in place of those of the chain
     --trials=A,B           only those
 """

@@ -1,4 +1,4 @@
-"""What comes out of a sweep: a line for each trial and seed, a table in the form of the paper's, and plots."""
+"""What comes out of a sweep: a line for each trial and seed, a table in the form of the paper's, and a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE = "/s"  # how columns end that are no shares, but so many in a second
 
 
 def collect(sweep: ConfigDict, chain: ConfigDict, found: Sequence[Trial], workdir: Path) -> list[str]:
-    """Write sweep.csv, sweep.md and the plots from the trials that are done; what there is to say of that."""
+    """Write sweep.csv, sweep.md and sweep.png from the trials that are done; what there is to say of that."""
     shows = {job["name"]: job.get("shows", {}) for job in chain.jobs}
     rows = [row(trial, shows) for trial in found if trial.done]
     if not rows:
@@ -28,17 +28,19 @@ def collect(sweep: ConfigDict, chain: ConfigDict, found: Sequence[Trial], workdi
     columns = [column for shown in shows.values() for column in shown]
     table = markdown(sweep, columns, rows)
     write(workdir / "sweep.md", "\n".join([*table, ""]).encode())
-    settings, drawn = settings_of(sweep, rows), []
-    for column in columns:
-        if column.endswith(RATE):
-            continue
-        ours = [np.array(values(rows, name, column)) * 100 for name in settings]
-        theirs = [setting.get("published", {}).get(column) for setting in settings.values()]
-        at = [setting.get("at") for setting in settings.values()]
-        labels = [setting.get("label", name) for name, setting in settings.items()]
-        drawn.append(f"{column.replace(' ', '_').replace('/', '_')}.png")
-        plots.sweep(workdir / drawn[-1], sweep.title, sweep.axis, f"{column}, top-1 %", labels, at, ours, theirs)
-    return [*table, "", f"table       {workdir}/sweep.md, sweep.csv", f"plots       {workdir}/{', '.join(drawn)}"]
+    settings = settings_of(sweep, rows)
+    shares = {
+        column: (
+            [np.array(values(rows, name, column)) * 100 for name in settings],
+            [setting.get("published", {}).get(column) for setting in settings.values()],
+        )
+        for column in columns
+        if not column.endswith(RATE)
+    }
+    at = [setting.get("at") for setting in settings.values()]
+    labels = [setting.get("label", name) for name, setting in settings.items()]
+    plots.sweep(workdir / "sweep.png", sweep.title, sweep.axis, labels, at, shares)
+    return [*table, "", f"results     {workdir}/sweep.csv, sweep.md, sweep.png"]
 
 
 def settings_of(sweep: ConfigDict, rows: Sequence[dict]) -> dict[str, Mapping]:

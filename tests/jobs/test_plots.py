@@ -46,3 +46,16 @@ def test_curves_show_losses_and_accuracies_side_by_side(tmp_path, tools):
 def test_curves_of_a_single_step(tmp_path, tools):
     plots.curves(tmp_path / "one.png", [{"step": 1, "train/loss": 1.0}])
     tools.check_picture(tmp_path / "one.png")
+
+
+@pytest.mark.parametrize("at", [(10.0, 50.0, 90.0), (None, None, None)])
+def test_a_sweep_has_a_panel_for_each_column(tmp_path, tools, at):
+    ours = [np.array([60.0, 62.0]), np.array([61.0]), np.array([])]
+    columns = {"linear": (ours, [54.6, None, 66.1]), "20-NN": (ours, [None] * 3), "tuned": (ours, [1.0, 2.0, 3.0])}
+    for count in (1, 3):
+        some = dict(list(columns.items())[:count])
+        path = tmp_path / f"{count}.png"
+        plots.sweep(path, "Mask $ratio", "hidden, %", ["10", "$50", "ninety"], at, some)
+        tools.check_picture(path)
+    with Image.open(tmp_path / "1.png") as one, Image.open(tmp_path / "3.png") as three:
+        assert three.width > 2 * one.width
