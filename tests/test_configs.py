@@ -28,7 +28,7 @@ IMAGENET_TRAIN = 1_281_167
 DIFFERENT = {str(recipes.get_config(f"{name},tiny")): name for name in recipes.RECIPES}.values()
 
 
-QUICK = {"digits", "folder", "digits,simmim"}
+QUICK = {"folder", "digits,simmim"}
 SMALL = [*DIFFERENT, *(f"digits,{objective}" for objective in recipes.OBJECTIVES)]
 
 

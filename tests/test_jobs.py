@@ -271,6 +271,7 @@ def kill_at_random(process, workdir, log):
     assert process.wait() == -signal.SIGKILL, log.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_a_random_moment_ends_as_if_it_had_not_been(trained, tmp_path):
     workdir, log, often = tmp_path / "run", tmp_path / "log.txt", "--config.checkpoint.every=7"
     as_here = {
@@ -337,6 +338,7 @@ def test_masks_are_the_same_on_1_and_8_devices_and_differ_between_samples_and_st
         assert sorted(row) == list(range(16))
 
 
+@pytest.mark.slow
 def test_a_small_set_is_learnt_by_heart(tmp_path, capsys):
     arguments = [
         *("--config.train.steps=800", "--config.data.split=train[:8]", "--config.data.held_out=train[:8]"),

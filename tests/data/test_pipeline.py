@@ -189,7 +189,7 @@ def test_augmentation_is_drawn_anew_every_epoch(tmp_path):
     assert len({image.tobytes() for image in images}) == 8
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic", "folder"])
+@pytest.mark.parametrize("name", ["digits", "synthetic", pytest.param("folder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("repeats", [2, 4])
 def test_repeats_are_samples_of_one_image_that_is_read_once(name, repeats, sets):
     data = dataclasses.replace(sets[name], repeats=repeats, batch_size=8)
@@ -215,7 +215,10 @@ def test_repeats_are_for_training_alone(sets):
     assert data.held_out_set().repeats == 1
 
 
-@pytest.mark.parametrize(("name", "repeats"), [("digits", 1), ("digits", 2), ("synthetic", 1), ("folder", 2)])
+@pytest.mark.parametrize(
+    ("name", "repeats"),
+    [("digits", 1), ("digits", 2), ("synthetic", 1), pytest.param("folder", 2, marks=pytest.mark.slow)],
+)
 def test_randaugment_comes_last_and_changes_each_sample_by_its_number(name, repeats, sets, caplog):
     plain = dataclasses.replace(sets[name], repeats=repeats, batch_size=8)
     data = dataclasses.replace(plain, randaugment=9.0)
@@ -422,6 +425,7 @@ def test_a_set_in_which_nothing_can_be_read_goes_on(tmp_path, caplog):
     assert not joined(take(data.once(sharding()), 9))["weight"].any()
 
 
+@pytest.mark.slow
 def test_a_file_deleted_while_training_weighs_nothing(tmp_path, caplog):
     data = make_folder(tmp_path / "tree", 8)
     batches = data.shuffled(0, 0, sharding())

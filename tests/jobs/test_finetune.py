@@ -113,7 +113,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow) if w == "2" else w for w in PARTS])
+@pytest.mark.parametrize("what", [w if w == "1" else pytest.param(w, marks=pytest.mark.slow) for w in PARTS])
 def test_what_is_trained_changes_and_all_else_stays_bit_for_bit(what, pretrained, tmp_path, tools):
     arguments = (
         f"--config.init={pretrained}",
@@ -199,6 +199,7 @@ def torch_resized(positions, old, new):
     return np.concatenate([positions[:, :1], table], axis=1)
 
 
+@pytest.mark.slow
 def test_positions_are_resized_for_another_image_size(untrained, at_96, tools):
     init = untrained("vit_b16")
     learned = starting(init, "--config.data.image_size=(96, 96)", recipe="vit_b16,tiny")["positions"]
@@ -229,7 +230,7 @@ def test_sincos_positions_are_computed_anew_for_another_image_size(untrained, to
 
 RECIPES = runpy.run_path("configs/finetune.py")
 SPECS = [f"{name},tiny" for name in RECIPES["RECIPES"]] + [f"{name},scratch,tiny" for name in RECIPES["SMALL"]]
-QUICK = {"fashion_mnist_10,tiny"}  # and `at_96`
+QUICK = {"fashion_mnist_10,tiny"}
 
 
 @pytest.mark.parametrize("spec", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SPECS])

@@ -79,12 +79,14 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_codebook_is_kept_in_the_checkpoint_and_never_trained(run):
     model, params = mae_jax.load(run)
     np.testing.assert_array_equal(params["target"]["centroids"], fitted(*TOKENS)[0]["centroids"])
     assert model.decoder.target_width == len(params["target"]["centroids"]) == 20
 
 
+@pytest.mark.slow
 def test_a_decoder_of_tokens_is_not_exported_as_one_of_pixels(run, tmp_path, refused, capsys):
     code = main(["export", f"--checkpoint={run}", "--format=huggingface", f"--out={tmp_path / 'out'}"])
     refused(capsys, code, 4, "predicts tokens, not pixels; export --part=encoder")
@@ -124,6 +126,7 @@ CHOICES |= {
 }
 
 
+@pytest.mark.slow
 def test_nothing_hidden_trains_and_is_pictured(tmp_path):
     hide_nothing = ("--config.mask.ratio=0", "--config.loss.patches=all", "--config.decoder.depth=0")
     assert pretraining(tmp_path / "run", *hide_nothing, "--config.mesh.data=1") == 0

@@ -113,6 +113,7 @@ def pretrain(workdir, *arguments, recipe="digits,tiny", steps=20):
     return (*job, f"--config.train.steps={steps}", *SMALL, *arguments)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(together, tmp_path):
     fsdp = "--config.mesh.fsdp=2"
     job = together(2, *pretrain(tmp_path / "two", fsdp, steps=4))

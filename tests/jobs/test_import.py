@@ -311,7 +311,7 @@ def test_jobs_want_a_workdir_and_say_so(job, tmp_path, tools, monkeypatch, capsy
     tools.refused(capsys, code, code)
 
 
-@pytest.mark.parametrize("job", ["probe", "finetune"])
+@pytest.mark.parametrize("job", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_training_begins_with_it(job, autoencoder, tmp_path, tools):
     workdir = imported(autoencoder[0], tmp_path / "ours", heads="2,3")
     assert tools.run(job, tmp_path / "out", f"--config.init={workdir}", "--config.train.steps=2") == 0

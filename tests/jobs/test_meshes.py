@@ -87,7 +87,13 @@ def alone():
     return Training(DIGITS, ONE).losses(20)
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, id=name, marks=() if name == "data2-fsdp2-tensor2" else pytest.mark.slow)
+        for name, sizes in MESHES.items()
+    ],
+)
 def test_losses_and_gradients_are_those_of_one_device(sizes, alone):
     losses, gradients = Training(DIGITS, sizes).losses(20)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
@@ -119,7 +125,13 @@ def test_vit_ti_at_64_pixels_trains_the_same(sizes, vit_alone):
     assert_same_gradients(gradients, want_gradients)
 
 
-@pytest.mark.parametrize("spec", [DIGITS, "configs/finetune.py:digits,scratch"], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(DIGITS, id="pretrain"),
+        pytest.param("configs/finetune.py:digits,scratch", id="finetune", marks=pytest.mark.slow),
+    ],
+)
 def test_masks_augmentations_and_drop_path_are_the_same_on_every_mesh(spec):
     """Bit for bit, whatever is drawn: all but the mixed pixels, whose sums a compiler may round otherwise."""
     overrides = REGULARIZED if "finetune" in spec else ()

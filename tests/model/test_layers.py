@@ -260,7 +260,7 @@ def memory_and_gradients(remat, make_loss, params):
     return compiled.memory_analysis().temp_size_in_bytes, compiled(params)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_memory_and_not_the_loss(dtype):
     images = jnp.asarray(np.random.default_rng(0).standard_normal((64, 16, 16, 3)), jnp.float32)
     encoder = ViT(patch_size=4, width=64, depth=4, heads=4, drop_path=0.2, dtype=dtype)
