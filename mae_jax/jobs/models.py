@@ -58,8 +58,13 @@ def init(model: MAE, config: Mapping, key: jax.Array) -> dict:
     grid = grid_of(images.shape[1:3], model.encoder.patch_size)
     mask = masking.sample(key, 1, grid, **config["mask"])
     params = model.init(key, images, mask)["params"]
-    unfitted = targets.make(model.encoder.patch_size, **config["target"]).unfitted(patch_values(config))
-    return params | ({"target": unfitted} if unfitted else {})
+    zeros = unfitted(config)
+    return params | ({"target": zeros} if zeros else {})
+
+
+def unfitted(config: Mapping) -> dict[str, np.ndarray]:
+    """Zeros in place of what the target is fitted to; empty where there is nothing to fit."""
+    return targets.make(config["encoder"]["patch_size"], **config["target"]).unfitted(patch_values(config))
 
 
 def mask_of(model: MAE, config: Mapping, params: dict, images: jax.Array, noise: Sequence[jax.Array]) -> Mask:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax.jobs import models, pretrain, runs
-from mae_jax.model import masking, native, targets
+from mae_jax.model import masking, native
 from mae_jax.model.flops import attended_flops, training_flops
 from mae_jax.model.mae import MAE
 from mae_jax.model.patches import grid_of
@@ -174,9 +174,9 @@ def needed(model: MAE, config: ConfigDict) -> int:
     every_patch = config.loss.patches == "all"
     step = training_flops(model, data.image_size, data.channels, mask.ratio, every_patch, mask.decoded)
     looked = attended_flops(model, data.image_size, data.channels) if mask.name in masking.GUIDED else 0
-    fitted = targets.make(config.encoder.patch_size, **config.target).unfitted(models.patch_values(config))
     patches = math.prod(grid_of(data.image_size, config.encoder.patch_size))
-    encoded = 2 * patches * sum(x.size for x in fitted.values() if x.ndim > 1)  # components, or a codebook
+    fitted = models.unfitted(config).values()
+    encoded = 2 * patches * sum(x.size for x in fitted if x.ndim > 1)  # by components, or a codebook
     return step + looked + encoded
 
 

@@ -250,7 +250,8 @@ OTHERS += ["decoder.kind=cross", "mask.decoded=0.5", "loss.patches=all"]
 @pytest.mark.parametrize("setting", [OTHERS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS[1:])])
 def test_the_compiled_step_does_what_was_counted(setting):
     """Masks by attention, and fitted targets, included; within 2 % at a width of 96."""
-    sizes = ("--config.encoder.width=96", "--config.target.size=8") if "target" in setting else ()
-    config = configured("fashion_mnist", "--config.encoder.depth=2", *sizes, f"--config.{setting}")
+    small = ("--config.encoder.width=96", "--config.encoder.depth=2")
+    size = ("--config.target.size=8",) * setting.startswith("target")
+    config = configured("fashion_mnist", *small, *size, f"--config.{setting}")
     needed, computed = planned.flops(config)
     assert 1 <= computed / needed <= 1.02
