@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_images
 
-from mae_jax.jobs.panels import GREY, save_picture
+from mae_jax.files import write_picture
+from mae_jax.jobs.panels import GREY
 from mae_jax.model import masking
 
 CHOICES = [  # what config.mask says
@@ -45,7 +46,7 @@ def main(path="docs/masks.png"):
                 title += f", unit {choice['unit']}" if choice and "unit" in choice else ""
                 pen.text((left, 2), title, fill="black", font=font)
             row += 1
-    save_picture(Path(path), np.asarray(picture))
+    write_picture(Path(path), np.asarray(picture))
 
 
 def hidden(image, patch, key, choice):

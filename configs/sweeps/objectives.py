@@ -13,11 +13,12 @@ OBJECTIVES = ("denoising", "context_encoder", "beit", "simmim", "maskfeat", "cro
 def get_config(chain: str = "digits") -> ConfigDict:
     config = ConfigDict({"title": "Objectives", "axis": "objective", "chain": f"configs/sweeps/chains.py:{chain}"})
     config.reference = "mae"
+    own = f"{chain},ablation" if chain == "vit_l16" else chain  # the recipe of the chain
     others = (
         {
             "name": name,
             "label": name.replace("_", " "),
-            "pretrain": {"recipe": f"configs/pretrain.py:{chain},{name}"},
+            "pretrain": {"recipe": f"configs/pretrain.py:{own},{name}"},
         }
         for name in OBJECTIVES
     )

@@ -111,6 +111,7 @@ def make(config: ConfigDict, hardware: Hardware, devices: Sequence[jax.Device], 
       devices: what to compile for, simulated: their number is all that counts.
       images: in the training split; None: not known.
     """
+    config = at_its_costliest(config)
     steps_per_epoch = STEPS_PER_EPOCH if images is None else images // config.data.batch_size
     steps = total_steps(steps_per_epoch, **config.train)
     mesh, (model, target) = make_mesh(devices, **config.mesh), models.build(config)
@@ -160,12 +161,21 @@ def flops(config: ConfigDict) -> tuple[int, float]:
 
     It is compiled for one CPU, which any machine has, and for a batch of two.
     """
+    config = at_its_costliest(config)
     config = ConfigDict({**config, "data": {**config.data, "batch_size": 2, "repeats": 1}, "accumulate": 1})
     mesh, (model, target) = make_mesh(jax.devices("cpu")[:1]), models.build(config)
     parts = pretrain.make_draw(model, config), pretrain.make_loss(model, target, config)
     lowered, _, _ = lower(config, mesh, STEPS_PER_EPOCH, STEPS_PER_EPOCH, pretrain.make_init(model, config), *parts)
     done = program.read(lowered.compile(compiler_options=QUICKLY).as_text(), 1)
     return needed(model, config), done.flops / 2
+
+
+def at_its_costliest(config: ConfigDict) -> ConfigDict:
+    """Of a mask schedule, the stage that hides the least: what a run needs at most. Without one, `config`."""
+    start = config.mask_schedule.start
+    if start is None or start >= config.mask.ratio:
+        return config
+    return ConfigDict({**config, "mask": {**config.mask, "ratio": start}})
 
 
 def needed(model: MAE, config: ConfigDict) -> int:

@@ -66,7 +66,7 @@ def sweep(
     axis: str,
     labels: Sequence[str],
     at: Sequence[float | None],
-    columns: Mapping[str, tuple[Sequence[np.ndarray], Sequence[float | None]]],
+    columns: Mapping[str, tuple[Sequence[np.ndarray], Sequence[float | None], str]],
 ) -> None:
     """What the settings of a sweep have shown, a panel for each column: means over seeds, and standard deviations.
 
@@ -74,7 +74,7 @@ def sweep(
 
     Args:
       at: where each setting stands; with any None, all stand side by side.
-      columns: by name, in percent: the values of each setting's seeds, and what is published of it; None: nothing is.
+      columns: by name: the values of each setting's seeds, what is published of it (None: nothing is), and the unit.
     """
     figure = figures.Figure(figsize=(1 + 4.2 * len(columns), 3.8), layout="constrained")
     figure.suptitle(title)
@@ -82,7 +82,7 @@ def sweep(
     x = np.array(at if ordered else range(len(labels)), float)
     level = ordered or max(map(len, labels)) * len(labels) < 40
     entries = {}
-    for axes, (column, (ours, theirs)) in zip(
+    for axes, (column, (ours, theirs, unit)) in zip(
         figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True
     ):
         means = np.array([np.mean(values) if len(values) else np.nan for values in ours])
@@ -97,7 +97,7 @@ def sweep(
             )
             right.tick_params(axis="y", labelcolor="tab:gray")
         axes.set_xticks(x, labels, rotation=0 if level else 30, ha="center" if level else "right", parse_math=False)
-        axes.set(xlabel=axis, ylabel="top-1 %", title=column)
+        axes.set(xlabel=axis, ylabel=unit, title=column)
         axes.grid(alpha=0.3)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=2, fontsize=9)
     _write(path, figure)

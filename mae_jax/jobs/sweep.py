@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ from mae_jax import config as configs
 from mae_jax.errors import ConfigError, Interrupted, UserError, nearest
 from mae_jax.files import in_bucket, make_workdir, path_of
 from mae_jax.jobs import forecast, tables, trials
-from mae_jax.jobs.trials import LOG, Trial
+from mae_jax.jobs.trials import LOG, LOGS, Trial
 
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # or it takes over all logging of this process
 with epy.lazy_imports():
@@ -45,7 +46,6 @@ with epy.lazy_imports():
 REQUIRED = ("sweep", "workdir")
 FLAGS = (*REQUIRED, "parallel", "slurm", "seeds", "trials")
 SWITCHES = ("dry-run", "collect")
-LOGS = "submitit"  # the folder of what submitit notes
 YEAR = 365 * 24 * 60  # minutes: on this machine, a trial has all the time that it needs
 
 
@@ -103,6 +103,9 @@ def check(flags: Mapping[str, str]) -> tuple[ConfigDict, ConfigDict, list[Trial]
         chain, _ = configs.load(sweep.chain)
     except ConfigError as error:
         raise ConfigError([problem.replace("--config", "--sweep", 1) for problem in error.problems]) from error
+    names = [trial.get("name") for trial in sweep.get("trials", ()) if isinstance(trial, Mapping)]
+    if names and "reference" in sweep and sweep.reference not in names:
+        raise ConfigError(f"sweep.reference: no trial {sweep.reference!r}{nearest(str(sweep.reference), names)}")
     if "seeds" in flags:
         chain.seeds = tuple(dict.fromkeys(map(int, seeds.split(","))))
     if "trials" in flags:
@@ -164,7 +167,8 @@ def submit(left: Sequence[Trial], workdir: Path, parallel: int, parameters: dict
     except (RuntimeError, ValueError, TypeError, OSError, submitit.core.utils.FailedJobError) as error:
         raise ConfigError(f"--slurm: {' '.join(str(error).split())[:300]}") from error
     print(f"submitted {jobs[0].job_id.partition('_')[0]}: {len(jobs)} trials, {parallel} at a time")
-    print(f"when they are done: mae-jax sweep --sweep={flags['sweep']} --workdir={workdir} --collect")
+    same = [f"--{flag}={flags[flag]}" for flag in ("sweep", "workdir", "seeds", "trials") if flag in flags]
+    print(f"when they are done: {shlex.join(['mae-jax', 'sweep', *same, '--collect'])}")
 
 
 # of --slurm, what submitit calls the same on any cluster; all else it hands to Slurm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,21 +26,22 @@ def collect(sweep: ConfigDict, chain: ConfigDict, found: Sequence[Trial], workdi
     if not rows:
         return ["no trial is done yet, so there is no table"]
     write(workdir / "sweep.csv", as_csv(rows))
-    columns = [column for shown in shows.values() for column in shown]
+    columns = {column: where for shown in shows.values() for column, where in shown.items()}
     table = markdown(sweep, columns, rows)
     write(workdir / "sweep.md", "\n".join([*table, ""]).encode())
     settings = settings_of(sweep, rows)
-    shares = {
+    shown = {
         column: (
-            [np.array(values(rows, name, column)) * 100 for name in settings],
+            [np.array(values(rows, name, column)) * (100 if is_share(where) else 1) for name in settings],
             [setting.get("published", {}).get(column) for setting in settings.values()],
+            "top-1 %" if is_share(where) else column,
         )
-        for column in columns
+        for column, where in columns.items()
         if not column.endswith(RATE)
     }
     at = [setting.get("at") for setting in settings.values()]
     labels = [setting.get("label", name) for name, setting in settings.items()]
-    plots.sweep(workdir / "sweep.png", sweep.title, sweep.axis, labels, at, shares)
+    plots.sweep(workdir / "sweep.png", sweep.title, sweep.axis, labels, at, shown)
     return [*table, "", f"results     {workdir}/sweep.csv, sweep.md, sweep.png"]
 
 
@@ -85,10 +87,16 @@ def values(rows: Sequence[dict], name: str, column: str) -> list[float]:
     return [one[column] for one in rows if one["trial"] == name and one.get(column) is not None]
 
 
-def markdown(sweep: ConfigDict, columns: Sequence[str], rows: Sequence[dict]) -> list[str]:
+def is_share(where: str) -> bool:
+    """Whether what jobs keep at `where` is an accuracy, from 0 to 1, which is told in percent."""
+    return re.search(r"(^|[./])(top\d|knn)\b", where) is not None
+
+
+def markdown(sweep: ConfigDict, columns: Mapping[str, str], rows: Sequence[dict]) -> list[str]:
     """The table: a line for each setting, with means and standard deviations over seeds, and what is published.
 
-    FLOPs and images/s are also told relative to the setting that is the paper's own, `sweep.reference`.
+    Of each column, `columns` says where jobs keep it. FLOPs and images/s are also told relative to the setting that is
+    the paper's own, `sweep.reference`.
     """
     settings = settings_of(sweep, rows)
     theirs = list(dict.fromkeys(key for setting in settings.values() for key in setting.get("published", {})))
@@ -102,13 +110,13 @@ def markdown(sweep: ConfigDict, columns: Sequence[str], rows: Sequence[dict]) ->
     for name, setting in settings.items():
         cells = [setting.get("label", name), str(sum(one["trial"] == name for one in rows))]
         reference = sweep.get("reference", "")
-        for column in columns:
+        for column, where in columns.items():
             ours = values(rows, name, column)
             if column.endswith(RATE):
                 rate = np.mean(ours or [0])
                 cells.append(f"{rate:,.0f}" + relative(rate, values(rows, reference, column)))
             else:
-                cells.append(share(ours))
+                cells.append(with_spread(np.array(ours) * 100, ".1f") if is_share(where) else with_spread(ours, ".4g"))
         if flops:
             needed = values(rows, name, "needed")[0]
             cells.append(f"{needed / 1e6:,.1f}" + relative(needed, values(rows, reference, "needed")))
@@ -117,9 +125,9 @@ def markdown(sweep: ConfigDict, columns: Sequence[str], rows: Sequence[dict]) ->
     return lines
 
 
-def share(values: Sequence[float]) -> str:
-    """Mean and standard deviation of shares, in percent."""
-    if not values:
+def with_spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation of numbers, each written as `form` says."""
+    if not len(values):
         return ""
-    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{spread}"
+    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"

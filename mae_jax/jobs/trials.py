@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 from mae_jax import config as configs
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.files import write_json
-from mae_jax.jobs import JOBS, planned, pretrain
+from mae_jax.jobs import JOBS, model_checks, planned, pretrain
 
 DONE = "done.json"  # in the folder of a job that has been run: its settings, and how long it took
 LOG = "log.txt"  # in the folder of a trial: all that its jobs say
 FLOPS = "flops.json"  # beside it: the arithmetic of a training step, `planned.flops`
 SHARED = "shared"  # where jobs are that all trials have in common
+LOGS = "submitit"  # the folder of what submitit notes
+TAKEN = (SHARED, LOGS)  # in the workdir of a sweep, beside the folders of trials
 OF_CHAINS = {"name", "job", "config", "init", "seeded", "shared", "set", "shows"}  # what a chain may say of a job
 OF_TRIALS = ("name", "label", "at", "published")  # what a sweep may say of a trial, besides settings of its jobs
 
@@ -125,8 +127,9 @@ class Trial:
 
     @property
     def done(self) -> bool:
-        """Whether all of its jobs have been run."""
-        return all(link.done for link in self.chain)
+        """Whether all of its jobs have been run, and counted."""
+        counted = (self.folder / FLOPS).exists() or all(link.job != "pretrain" for link in self.chain)
+        return all(link.done for link in self.chain) and counted
 
     def checkpoint(self):
         """What submitit asks for where a cluster stops it before its time: to be called again, and to go on."""
@@ -171,14 +174,26 @@ def of_sweep(sweep: ConfigDict, chain: ConfigDict, workdir: Path) -> list[Trial]
     if problems:
         raise ConfigError(problems)
     trials = [_trial(given, seed, chain, workdir) for given in sweep.trials for seed in chain.seeds]
-    for command in {(link.spec, tuple(link.settings.items())) for trial in trials for link in trial.chain}:
-        try:
-            problems += load(*command)[1]
-        except UserError as error:
-            problems += error.problems
+    first = [trial for trial in trials if trial.seed == trials[0].seed]  # the others differ in nothing else
+    problems = [f"sweep.trials: {trial.name}: {line}" for trial in first for line in _setting_problems(trial)]
     if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        raise ConfigError(problems)
     return trials
+
+
+def _setting_problems(trial: Trial) -> list[str]:
+    """What is wrong with the configs of its jobs, one line each; what depends on data is left to the jobs."""
+    problems = []
+    for link in trial.chain:
+        try:
+            config, wrong = load(link.spec, tuple(link.settings.items()))
+            if link.job == "pretrain" and not wrong:
+                config, wrong = configs.complete(config, pretrain.SCHEMA, pretrain.VALUES)
+                wrong = wrong or model_checks.autoencoder_problems(config)
+        except UserError as error:
+            wrong = error.problems
+        problems += wrong
+    return list(dict.fromkeys(problems))
 
 
 def load(spec: str, settings: Sequence[tuple[str, object]]) -> tuple[ConfigDict, list[str]]:
@@ -208,14 +223,34 @@ def _shape_problems(sweep: ConfigDict, chain: ConfigDict) -> list[str]:
         if job.get("init") and job["init"] not in before:
             problems.append(f"{where}: its init {job['init']!r} is no job before it")
         before.append(job.get("name"))
-    known = [*OF_TRIALS, *before]
+    if not isinstance(sweep.trials, Sequence) or not all(isinstance(trial, Mapping) for trial in sweep.trials):
+        return [*problems, "sweep.trials: is no sequence of dicts, one for each setting"]
+    if not sweep.trials:
+        return [*problems, "sweep.trials: is empty"]
     for trial in sweep.trials:
-        where = f"sweep.trials: {trial.get('name')!r}"
-        if not re.fullmatch(r"\w[\w.,-]*", str(trial.get("name"))):
-            problems.append(f"{where} is no name for a folder")
-        problems += [f"{where}: no job {key!r} in the chain{nearest(key, known)}" for key in trial if key not in known]
+        problems += _trial_problems(trial, before)
     names = [trial.get("name") for trial in sweep.trials]
     problems += [f"sweep.trials: {name!r} is there twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    return problems
+
+
+def _trial_problems(trial: Mapping, jobs: Sequence[str]) -> list[str]:
+    """What is wrong with the form of what a sweep says of one setting, one line each."""
+    name, known = trial.get("name"), [*OF_TRIALS, *jobs]
+    where = f"sweep.trials: {name!r}"
+    problems = [f"{where}: no job {key!r} in the chain{nearest(key, known)}" for key in trial if key not in known]
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.,-]*", name) or name in TAKEN:
+        problems.append(f"{where} is no name for a folder of its own")
+    problems += [
+        f"{where}: {job} is {trial[job]!r}, no dict of settings"
+        for job in jobs
+        if not isinstance(trial.get(job, {}), Mapping)
+    ]
+    published = trial.get("published") or {}
+    if not isinstance(published, Mapping) or not all(isinstance(x, int | float) for x in published.values()):
+        problems.append(f"{where}: published is no dict of numbers by column")
+    if not isinstance(trial.get("at", 0.0), int | float):
+        problems.append(f"{where}: at is {trial['at']!r}, no number")
     return problems
 
 

@@ -51,7 +51,8 @@ def test_curves_of_a_single_step(tmp_path, tools):
 @pytest.mark.parametrize("at", [(10.0, 50.0, 90.0), (None, None, None)])
 def test_a_sweep_has_a_panel_for_each_column(tmp_path, tools, at):
     ours = [np.array([60.0, 62.0]), np.array([61.0]), np.array([])]
-    columns = {"linear": (ours, [54.6, None, 66.1]), "20-NN": (ours, [None] * 3), "tuned": (ours, [1.0, 2.0, 3.0])}
+    published = {"linear": [54.6, None, 66.1], "20-NN": [None] * 3, "tuned": [1.0, 2.0, 3.0]}
+    columns = {column: (ours, theirs, "top-1 %") for column, theirs in published.items()}
     for count in (1, 3):
         some = dict(list(columns.items())[:count])
         path = tmp_path / f"{count}.png"

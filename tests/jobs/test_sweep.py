@@ -197,6 +197,9 @@ def test_every_sweep_is_one_that_could_run(name, chain, tmp_path):
     columns = {column for job in jobs.jobs for column in job.get("shows", {})}
     if chain == "vit_l16":
         assert {column for trial in sweep.trials for column in trial.get("published", {})} <= columns
+        (reference,) = (trial for trial in found if trial.name == sweep.reference)
+        config = trials.configured(reference.chain[0])
+        assert config.target.name == "pixels" and config.mask.ratio == 0.75, "as the paper's tables have it"
 
 
 def test_settings_that_have_changed_are_not_mixed(sweep, refused, capsys):
@@ -246,10 +249,47 @@ def test_a_bad_chain(before, after, found, sweep, tmp_path, refused, capsys):
     refused(capsys, main(command), 2, found)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        ('{"name": "ratio_50", ', "{", "sweep.trials: None is no name"),
+        ('"name": "ratio_50"', '"name": "shared"', "sweep.trials: 'shared' is no name for a folder of its own"),
+        ('"at": 75.0', '"at": "x"', "sweep.trials: 'ratio_75': at is 'x', no number"),
+        ('{"linear": 73.5}', "84.9", "sweep.trials: 'ratio_75': published is no dict of numbers"),
+        ('"pretrain": {"mask": {"ratio": 0.5}}', '"pretrain": 5', "'ratio_50': pretrain is 5, no dict of settings"),
+        ('"ratio": 0.5', '"ratoi": 0.5', "sweep.trials: ratio_50: --config.mask.ratoi"),
+        ('"ratio": 0.5', '"ratio": 0.99', "sweep.trials: ratio_50: config.mask.ratio"),
+        ('"ratio": 0.5', '"name": "blok"', "sweep.trials: ratio_50: config.mask.name"),
+        ('"reference": "ratio_75"', '"reference": "ratio_7"', "sweep.reference: no trial 'ratio_7'; did you mean"),
+    ],
+)
+def test_a_bad_sweep(before, after, found, sweep, tmp_path, refused, capsys):
+    """Before anything is run, all that is wrong is told with the setting that it is wrong in."""
+    command, text = sweep.prepared(), (tmp_path / "sweep.py").read_text()
+    assert before in text
+    (tmp_path / "sweep.py").write_text(text.replace(before, after))
+    refused(capsys, main([*command, "--dry-run"]), 2, found)
+
+
+def test_only_accuracies_are_told_in_percent():
+    of_jobs = ("top1", "top1.20", "metrics.eval/knn", "metrics.eval/loss", "metrics.train/images_per_second")
+    assert [tables.is_share(where) for where in of_jobs] == [True, True, True, False, False]
+
+
+def test_a_trial_whose_arithmetic_was_not_counted_is_not_done(tmp_path):
+    sweep, chain = (load(f"configs/sweeps/{name}.py:digits")[0] for name in ("mask_token", "chains"))
+    trial = trials.of_sweep(sweep, chain, tmp_path)[0]
+    for link in trial.chain:
+        write_json(link.folder / trials.DONE, link.identity | {"seconds": 1.0})
+    assert not trial.done
+    write_json(trial.folder / trials.FLOPS, {"needed": 1, "computed": 1.0})
+    assert trial.done
+
+
 def test_rows_without_a_result_are_empty():
-    assert tables.share([]) == ""
-    assert tables.share([0.5]) == "50.0"
-    assert tables.share([0.5, 0.6]) == "55.0 ± 7.1"
+    assert tables.with_spread([], ".1f") == ""
+    assert tables.with_spread([50], ".1f") == "50.0"
+    assert tables.with_spread([50, 60], ".1f") == "55.0 ± 7.1"
     assert tables.as_csv([{"a": 1}, {"a": 2, "b": 3}]).decode() == textwrap.dedent("""\
         a,b
         1,

@@ -1,6 +1,7 @@
 """Masks: exactly K patches stay, and which ones depends on the key alone."""
 
 import itertools
+import runpy
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image
 
 from mae_jax.model import masking
 from mae_jax.model.masking import SAMPLERS, Mask, from_scores, take, visible_count
@@ -282,3 +284,10 @@ def test_take_gathers_each_sample_s_own_rows():
     index = np.array([[0, 6, 6], [3, 2, 1], [5, 0, 4]])
     got = take(jnp.asarray(patches), jnp.asarray(index))
     np.testing.assert_array_equal(got, np.stack([patches[i, index[i]] for i in range(3)]))
+
+
+def test_the_picture_in_the_docs_is_what_its_command_draws(tmp_path):
+    path = tmp_path / "masks.png"
+    runpy.run_path("docs/masks.py")["main"](path)
+    drawn, shown = (np.asarray(Image.open(file)) for file in (path, "docs/masks.png"))
+    np.testing.assert_array_equal(drawn, shown)
