@@ -190,7 +190,17 @@ def devices(given):
 def tokens(given):
     blocks = max(1, round(given.depth * 8 / SIZES["L"]["depth"]))  # the paper's decoder has 8 for the whole ViT-L
     sizes = {f"encoder.{key}": value for key, value in SIZES["L"].items()} | {"encoder.depth": given.depth}
-    config = configured("B", {"data.batch_size": 8, "decoder.depth": blocks, **sizes})
+    large = configured("B", {"data.batch_size": 8, "decoder.depth": blocks, **sizes})
+    title = f"ViT-L with {given.depth} blocks, {blocks} in the decoder, 224 px, batch 8, 0.75 hidden"
+    measured = with_mask_tokens(large, title, given)
+    with_mask_tokens(configured("28px", {}), "64x4, 32x1 in the decoder, 28 px, batch 128, 0.75 hidden", given)
+    if given.figure:
+        given.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(measured, f"One training step, ViT-L with {given.depth} blocks; MAE is 1").save(given.figure)
+
+
+def with_mask_tokens(config, title, given):
+    """FLOPs and time of a step of that with mask tokens in the encoder, both times MAE's."""
     mae, _ = models.build(config)
     compared = {"MAE": mae, "mask tokens": MAE(mae.encoder, mae.decoder.clone(mask_tokens="encoder"))}
     flops = {}
@@ -199,7 +209,7 @@ def tokens(given):
             step, abstract, _, batch = training_step(config, model)
             flops[name] = step.lower(abstract, batch).cost_analysis()["flops"]
     times = interleaved({name: run_of(config, model) for name, model in compared.items()}, given)
-    print(f"\nViT-L with {given.depth} blocks, {blocks} in the decoder, 224 px, batch 8, 0.75 hidden")
+    print(f"\n{title}")
     print(f"{'encoder':12} {'ms/step':>9} {'of MAE':>8} {'(range)':>12} {'GFLOP/step':>11} {'of MAE':>8}")
     for name, took in times.items():
         count = f"{flops[name] / 1e9:11.1f} {flops[name] / flops['MAE']:8.3f}"
@@ -209,9 +219,7 @@ def tokens(given):
         "time": float(np.median(times["mask tokens"] / times["MAE"])),
     }
     print(", ".join(f"{key} {value:.2f} times MAE's (paper: {PAPER[key]})" for key, value in measured.items()))
-    if given.figure:
-        given.figure.parent.mkdir(parents=True, exist_ok=True)
-        draw(measured, f"One training step, ViT-L with {given.depth} blocks; MAE is 1").save(given.figure)
+    return measured
 
 
 def draw(measured, title):

@@ -27,6 +27,10 @@ SETUPS = {  # recipe, overrides
         | {"decoder.width": 128, "decoder.depth": 4, "decoder.heads": 4},
     ),
     "32px": ("cifar10", {"data.batch_size": 256, "encoder.depth": 6}),
+    "28px": (  # of docs/fashion_mnist.md
+        "fashion_mnist",
+        {"data.batch_size": 128, "encoder.width": 64, "encoder.heads": 2, "decoder.width": 32, "decoder.depth": 1},
+    ),
 }
 
 
