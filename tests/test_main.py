@@ -109,6 +109,11 @@ MISTAKES = {
         ["config.decoder.kind: cross", "set config.decoder.mask_tokens to decoder"],
     ),
     "mask tokens all alike": (f"{DIGITS} --config.decoder.positions=none", ["config.decoder.positions: none"]),
+    "mask tokens all alike at first": (
+        f"{DIGITS} --config.decoder.positions=none --config.mask_schedule.start=0.5 --config.mask.ratio=0 "
+        "--config.loss.patches=all",
+        ["config.decoder.positions: none"],
+    ),
     "mask tokens all alike in the encoder": (
         f"{DIGITS} --config.decoder.mask_tokens=encoder --config.decoder.depth=0 --config.encoder.positions=none",
         ["config.encoder.positions: none, so that nothing tells one hidden patch from another"],

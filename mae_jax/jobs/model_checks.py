@@ -44,11 +44,16 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     if not wrong:
         grid = grid_of(data.image_size, patch)
         wrong = mask_problems(config, grid, config.loss.patches) + start_problems(config, grid)
-        wrong += head_problems(config.decoder, max(config.mask.ratio, config.mask_schedule.start or 0))
+        wrong += head_problems(config.decoder, most_hidden(config))
     if config.mask.decoded != 1 and config.loss.patches == "all":
         wrong.append("config.mask.decoded: is for a loss of hidden patches; leave it out, or config.loss.patches=all")
     problems += wrong + decoder_problems(config)
     return problems + transformer_problems("encoder", config, 1) + transformer_problems("decoder", config, 0)
+
+
+def most_hidden(config: ConfigDict) -> float:
+    """The largest ratio that is hidden in any stage of training or in evaluation."""
+    return max(config.mask.ratio, config.mask_schedule.start or 0)
 
 
 def head_problems(decoder: ConfigDict | Decoder, ratio: float) -> list[str]:
@@ -70,7 +75,7 @@ def decoder_problems(config: ConfigDict) -> list[str]:
         problems.append(
             "config.decoder.kind: cross has mask tokens of its own; set config.decoder.mask_tokens to decoder"
         )
-    if config.mask.ratio > 0 and blind and (encoder.positions == "none" if from_encoder else decoder.depth):
+    if most_hidden(config) > 0 and blind and (encoder.positions == "none" if from_encoder else decoder.depth):
         told = "config.encoder.positions" if from_encoder else "config.decoder.positions"
         problems.append(f"{told}: none, so that nothing tells one hidden patch from another; give the mask tokens some")
     return problems
