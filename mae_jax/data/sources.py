@@ -19,6 +19,7 @@ with epy.lazy_imports():
     import tensorflow_datasets as tfds  # imports TensorFlow, which takes seconds
 
 LABELS_AT_ONCE = 4096  # read together where only labels are wanted
+MAX_BYTES = 2**29  # of a file: the largest picture that is decoded (augment.MAX_PIXELS) has no more of them as RGB
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -204,7 +205,8 @@ def image_files(paths: Sequence[Path], labels: np.ndarray | None = None, classes
 def _bytes(path: Path) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:  # half the time of Path.read_bytes
-            return file.read()
+            # a sparse file of any size takes no room on a disk, and all of it in memory
+            return file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
     except OSError:
         return b""
 
