@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from mae_jax.errors import CheckpointError, ConfigError
+from mae_jax.files import in_bucket
 
 PYTORCH = (".pth", ".pt", ".bin")
 FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
@@ -149,14 +150,21 @@ def whole(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder, which becomes `path` when all is well and is deleted when not.
 
     Raises:
-      ConfigError: there is something already, but for an empty folder, or it cannot be written there.
+      ConfigError: there is something already, but for an empty folder, or it cannot be written there; or it is in a
+        bucket, or among the checkpoints of a run, whose sums it would make wrong.
     """
+    if in_bucket(path):
+        raise ConfigError(f"{path}: is in a bucket, where this is not written; name a path here, and copy it there")
     path = Path(os.path.abspath(path))
+    if path == Path.cwd() or path == path.parent:
+        which = "current" if path == Path.cwd() else "root"
+        raise ConfigError(f"{path}: is the {which} folder, which cannot be replaced; name another")
+    runs = [parent for parent in Path(os.path.realpath(path)).parents if parent.name == "checkpoints"]
+    if any(next(parent.glob("*/state"), None) for parent in runs):
+        raise ConfigError(f"{path}: is among the checkpoints of a run, which it would damage; name another place")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     missing = [parent for parent in path.parents if not os.path.exists(parent)]  # the nearest first
     try:
-        if path == Path.cwd():
-            raise ConfigError(f"{path}: is the current folder, which cannot be replaced; name another")
         if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{path}: is there already; name another, or delete it")
         unfinished.mkdir(parents=True)  # to see whether it can be

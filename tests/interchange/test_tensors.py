@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import struct
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from mae_jax.errors import CheckpointError, ConfigError
+from mae_jax.files import to_path
 from mae_jax.interchange import tensors
 
 SOME = {
@@ -257,6 +259,29 @@ def test_an_empty_folder_may_be_there(tmp_path):
         unfinished.mkdir()
         (unfinished / "y").write_text("done")
     assert (tmp_path / "x" / "y").read_text() == "done"
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("gs://bucket/x", "gs://bucket/x: is in a bucket"),
+        ("/", "/: is the root folder"),
+        ("", ": is the current folder"),
+        ("run/checkpoints/6/x", "6/x: is among the checkpoints of a run"),
+        ("run/checkpoints/7", "checkpoints/7: is among the checkpoints of a run"),
+        ("link/6/x", "link/6/x: is among the checkpoints of a run"),
+    ],
+)
+def test_where_nothing_may_be_written(out, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "6" / "state").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run/checkpoints")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=re.escape(words)), tensors.whole(to_path(out)) as unfinished:
+        unfinished.write_text("")
+    assert sorted(tmp_path.rglob("*")) == before
+    with tensors.whole(tmp_path / "checkpoints" / "x") as unfinished:  # no run's
+        unfinished.write_text("")
 
 
 def test_where_nothing_can_be_written(tmp_path):
