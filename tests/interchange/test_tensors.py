@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -180,11 +181,28 @@ def test_code_in_a_file_is_named_and_not_run(zipped, torch, tmp_path, monkeypatc
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_pickle_with_code_that_pytorch_did_not_write(torch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_with_code_that_pytorch_did_not_write(protocol, zipped, torch, tmp_path, monkeypatch, recwarn):
     monkeypatch.setenv("MAE_JAX_TEST_TRAP", str(tmp_path / "sprung"))
-    (tmp_path / "x.pth").write_bytes(pickle.dumps(Code()))
-    assert told(tmp_path / "x.pth").startswith(f"{tmp_path}/x.pth: ")
-    assert not (tmp_path / "sprung").exists()
+    path, data = tmp_path / "x.pth", pickle.dumps({"model": Code()}, protocol)
+    if zipped:
+        torch.save({}, path)
+        with zipfile.ZipFile(path) as before:
+            parts = {name: before.read(name) for name in before.namelist()}
+        with zipfile.ZipFile(path, "w") as after:
+            for name, part in parts.items():
+                after.writestr(name, data if name.endswith("data.pkl") else part)
+    else:
+        path.write_bytes(data)
+    assert told(path) == f"{path}: holds more than tensors: it would run {os.mkdir.__module__}.mkdir; not loaded"
+    assert not (tmp_path / "sprung").exists() and not recwarn.list
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_in_a_pickle_that_pytorch_does_not_read_safely(zipped, torch, tmp_path):
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.pth", pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    assert "x.pth: a pickle of protocol 4 or 5, " in told(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("size", [0, 4, 200, -1])
