@@ -58,8 +58,9 @@ def subset(split: str, base_sizes: dict[str, int]) -> np.ndarray:
     >>> subset("all[80%:]", {"all": 12})
     array([ 9, 10, 11])
     """
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d{1,18}%?)?:(-?\d{1,18}%?)?\])?", split)
     if not match or match[1] not in base_sizes:
+        split = split if len(split) <= 80 else f"{split[:80]}..."
         raise ConfigError(f"config.data: no split {split!r}; use {' or '.join(base_sizes)}, or a slice such as [:90%]")
     size = base_sizes[match[1]]
 
