@@ -267,7 +267,7 @@ MISTAKES = {
             (
                 "target.size",
                 f"{10**12} --config.target.name=tokens",
-                "config.target.size: 1000000000000 is below 1, or",
+                "target.size: 1000000000000 is below 1, or",
             ),
             ("target.size", f"{10**12} --config.target.name=pca", "or above 65536, the patches that it is fitted to"),
             ("seed", -(10**400), "config.seed: a number of 1329 bits"),

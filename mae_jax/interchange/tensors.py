@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no object")
