@@ -145,8 +145,8 @@ def complete(
             problems.append(f"config.{key}: missing")
         elif not _is(config[key], kind):
             problems.append(f"config.{key}: {config[key]!r} is not of type {_name(kind)}")
-        elif not _finite(config[key]):
-            problems.append(f"config.{key}: {config[key]!r} is not finite")
+        elif wrong := _out_of_bounds(config[key]):
+            problems.append(f"config.{key}: {wrong}")
         else:
             whole[key] = config[key]
     for group, function in schema.items():
@@ -177,8 +177,8 @@ def _complete_group(group: str, given: ConfigDict, function: Callable) -> tuple[
         elif not _is(given[key], hints.get(key, typing.Any)):
             problems.append(f"{where}: {given[key]!r} is not of type {_name(hints[key])}")
             settings[key] = parameters[key]
-        elif not _finite(given[key]):
-            problems.append(f"{where}: {given[key]!r} is not finite")
+        elif wrong := _out_of_bounds(given[key]):
+            problems.append(f"{where}: {wrong}")
             settings[key] = parameters[key]
     problems += [
         f"config.{group}.{key}: missing; {_label(function)} needs it"
@@ -201,11 +201,15 @@ def _is(value, kind) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _finite(value) -> bool:
-    """Whether a number is neither NaN nor infinite; all of them, of a sequence."""
+def _out_of_bounds(value) -> str:
+    """What is wrong with a number, or with one of a sequence: it is NaN, infinite or too long for 64 bits."""
     if isinstance(value, (tuple, list)):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+        return next(filter(None, map(_out_of_bounds, value)), "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value!r} is not finite"
+    if isinstance(value, int) and abs(value) >= 2**63:  # of any length, so that it is not written out
+        return f"a number of {value.bit_length()} bits is too large"
+    return ""
 
 
 def _name(kind) -> str:

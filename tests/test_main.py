@@ -109,6 +109,11 @@ MISTAKES = {
         ["config.decoder.kind: cross", "set config.decoder.mask_tokens to decoder"],
     ),
     "mask tokens all alike": (f"{DIGITS} --config.decoder.positions=none", ["config.decoder.positions: none"]),
+    "mask tokens all alike at first": (
+        f"{DIGITS} --config.decoder.positions=none --config.mask_schedule.start=0.5 --config.mask.ratio=0 "
+        "--config.loss.patches=all",
+        ["config.decoder.positions: none"],
+    ),
     "mask tokens all alike in the encoder": (
         f"{DIGITS} --config.decoder.mask_tokens=encoder --config.decoder.depth=0 --config.encoder.positions=none",
         ["config.encoder.positions: none, so that nothing tells one hidden patch from another"],
@@ -146,7 +151,7 @@ MISTAKES = {
     "empty split": (f"{DIGITS} --config.data.split=train[:0]", ["'train[:0]'", "0 images", "batch_size"]),
     "empty held-out split": (f"{DIGITS} --config.data.held_out=test[:0]", ["'test[:0]'", "0 images"]),
     "batch larger than the set": (f"{DIGITS} --config.data.batch_size=1440", ["1438 images", "batch_size 1440"]),
-    "huge batch": (f"{DIGITS} --config.data.batch_size=80000000000000000000", ["1438 images"]),
+    "huge batch": (f"{DIGITS} --config.data.batch_size=8000000000000000000", ["1438 images"]),
     "batch versus devices": (f"{DIGITS} --config.data.batch_size=12", ["config.data.batch_size", "12", "8 device"]),
     "batch 0": (f"{DIGITS} --config.data.batch_size=0", ["config.data.batch_size: 0"]),
     "negative batch": (f"{DIGITS} --config.data.batch_size=-8", ["config.data.batch_size: -8"]),
@@ -244,6 +249,31 @@ MISTAKES = {
         f"{DIGITS} --config.mesh.data=3 --config.data.batch_size=16",
         ["config.data.batch_size", "16", "3 device"],
     ),
+    # what no machine holds
+    **{
+        told: (f"{DIGITS} --config.{key}={value}", [told])
+        for key, value, told in (
+            ("encoder.width", 10**11, "config.encoder.width: 100000000000 makes 3.6e+23 parameters"),
+            ("encoder.width", "9" * 400, "config.encoder.width: a number of 1329 bits"),
+            ("encoder.depth", 10**12, "config.encoder.depth: 1000000000000 is above 256"),
+            ("encoder.depth", 1000, "config.encoder.depth: 1000 is above 256"),
+            ("encoder.mlp_ratio", 1e300, "config.encoder.mlp_ratio 1e+300; more than 1.1e+12 are too many"),
+            ("decoder.width", 2**30, "config.decoder.width: 1073741824 makes"),
+            ("decoder.depth", 257, "config.decoder.depth: 257 is above 256"),
+            ("decoder.positions", "relative --config.data.image_size=(1024,1024)", "a table of 68720001025 numbers"),
+            ("data.image_size", "(1000000,1000000)", "config.data.image_size: (1000000, 1000000) times 1 channel(s)"),
+            ("data.image_size", "(2,99999999999999999999)", "config.data.image_size: a number of 67 bits"),
+            ("mask_schedule.stages", 10**11, "config.mask_schedule.stages: 100000000000 is above 256"),
+            (
+                "target.size",
+                f"{10**12} --config.target.name=tokens",
+                "target.size: 1000000000000 is below 1, or",
+            ),
+            ("target.size", f"{10**12} --config.target.name=pca", "or above 65536, the patches that it is fitted to"),
+            ("seed", -(10**400), "config.seed: a number of 1329 bits"),
+            ("data.split", f"train[:{'9' * 5000}]", "config.data: no split 'train[:99"),
+        )
+    },
     # what no one types twice
     "two lines": (f"{DIGITS} --config.data.split=tr\nain", ["split"]),
     "two lines in a key": (f"{DIGITS} --config.da\nta=3", ["--config.GROUP.KEY=VALUE"]),
@@ -533,7 +563,7 @@ def past_the_checks(monkeypatch):
     monkeypatch.setattr(runs, "make_mesh", make_mesh)
 
 
-NASTY = ["", "0", "-1", "1", "3", "nan", "inf", "-inf", "1e999", "1e-300", "99999999999999999999", "abc", "()", "(1,)"]
+NASTY = ["", "0", "-1", "1", "3", "nan", "inf", "-inf", "1e999", "1e-300", "99999999999", "9" * 20, "abc", "()", "(1,)"]
 NASTY += [
     "(1,2,3)",
     "(-1,-1)",

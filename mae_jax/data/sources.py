@@ -19,6 +19,7 @@ with epy.lazy_imports():
     import tensorflow_datasets as tfds  # imports TensorFlow, which takes seconds
 
 LABELS_AT_ONCE = 4096  # read together where only labels are wanted
+MAX_BYTES = 2**29  # of a file: the largest picture that is decoded (augment.MAX_PIXELS) has no more of them as RGB
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -57,8 +58,9 @@ def subset(split: str, base_sizes: dict[str, int]) -> np.ndarray:
     >>> subset("all[80%:]", {"all": 12})
     array([ 9, 10, 11])
     """
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d{1,18}%?)?:(-?\d{1,18}%?)?\])?", split)
     if not match or match[1] not in base_sizes:
+        split = split if len(split) <= 80 else f"{split[:80]}..."
         raise ConfigError(f"config.data: no split {split!r}; use {' or '.join(base_sizes)}, or a slice such as [:90%]")
     size = base_sizes[match[1]]
 
@@ -204,7 +206,8 @@ def image_files(paths: Sequence[Path], labels: np.ndarray | None = None, classes
 def _bytes(path: Path) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:  # half the time of Path.read_bytes
-            return file.read()
+            # a sparse file of any size takes no room on a disk, and all of it in memory
+            return file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else b""
     except OSError:
         return b""
 

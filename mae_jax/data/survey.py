@@ -16,6 +16,7 @@ from PIL import Image
 
 from mae_jax.data.augment import decode
 from mae_jax.data.pipeline import Dataset
+from mae_jax.data.sources import MAX_BYTES
 
 with epy.lazy_imports():
     import tensorflow as tf
@@ -106,7 +107,7 @@ def _header(image: bytes | np.ndarray) -> tuple[str, tuple[int, int]] | None:
 def _reason(image: bytes | np.ndarray) -> str:
     """Why an image cannot be read, in one line."""
     if not len(image):
-        return "no file that can be opened, or an empty one"
+        return f"no file that can be opened, or an empty one, or one of more than {MAX_BYTES >> 20} MiB"
     try:
         decode(tf.constant(image), 3)
     except Exception as error:  # of TensorFlow or Pillow, and there are many

@@ -5,6 +5,7 @@ Which tensors there are says most of what a model is; these functions translate 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ DEFAULTS = {
     **{"decoder_hidden_size": 512, "decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16},
     **{"decoder_intermediate_size": 2048, "mask_ratio": 0.75, "norm_pix_loss": False},
 }
+MOST = 2**31  # of any of them: what is below can be multiplied and divided
 COUNTS = ("_size", "_layers", "_heads", "_channels")  # how the names of whole numbers end
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5,), "std": (0.5,)}  # what ViTImageProcessor does when nothing is said
@@ -100,18 +102,18 @@ def describe(
 def _wrong(given: Mapping, where: str) -> list[str]:
     """What no model here can have, one line each."""
     wrong = [
-        f"{where}: {key} is {given[key]!r}, not a number above 0"
+        f"{where}: {key} is {str(given[key])[:80]}, not a number above 0 and below {MOST}"
         for key in DEFAULTS
         if key.endswith(COUNTS) and not _counts(given[key], pair=key in ("image_size", "patch_size"))
     ]
-    if not isinstance(given["layer_norm_eps"], float) or given["layer_norm_eps"] <= 0:
+    if not isinstance(given["layer_norm_eps"], float) or not 0 < given["layer_norm_eps"] < np.inf:
         wrong.append(f"{where}: layer_norm_eps is {given['layer_norm_eps']!r}, not a number above 0")
     if not isinstance(given["mask_ratio"], float) or not 0 < given["mask_ratio"] < 1:
         wrong.append(f"{where}: mask_ratio is {given['mask_ratio']!r}, not a number between 0 and 1")
     if given.get("qkv_bias", True) is not True:
         wrong.append(f"{where}: qkv_bias is {given['qkv_bias']!r}; only models with these biases can be read")
     names = given["id2label"]
-    if not isinstance(names, dict) or not all(str(key).isdigit() for key in names):
+    if not isinstance(names, dict) or not all(re.fullmatch("[0-9]{1,9}", str(key)) for key in names):
         wrong.append(f"{where}: id2label is no table from numbers to names")
     return wrong
 
@@ -135,7 +137,7 @@ def _architecture(settings: Mapping, present: Container[str]) -> str:
 def _counts(value, pair: bool) -> bool:
     """Whether this is a whole number above 0, or two where a `pair` may be."""
     values = value if pair and isinstance(value, list | tuple) and len(value) == 2 else [value]
-    return all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values)
+    return all(isinstance(x, int) and not isinstance(x, bool) and 0 < x < MOST for x in values)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -255,7 +257,8 @@ def pixels_of(preprocessor: Mapping | None, channels: int, model_type: str) -> t
     if said.get("do_normalize") is False:
         mean, std = [0.0] * channels, [1.0] * channels
     rescale = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1
-    if are_numbers(mean, channels) and are_numbers(std, channels) and are_numbers([rescale], 1) and 0 not in std:
+    numbers = are_numbers(mean, channels) and are_numbers(std, channels) and are_numbers([rescale], 1)
+    if numbers and 0 not in (*std, rescale):
         factor = 255 * rescale
         factor = 1.0 if abs(factor - 1) < 1e-9 else factor  # (x * rescale - mean) / std is (x / 255 - mean') / std'
         return {"mean": tuple(x / factor for x in mean), "std": tuple(x / factor for x in std)}, True
@@ -264,8 +267,9 @@ def pixels_of(preprocessor: Mapping | None, channels: int, model_type: str) -> t
 
 
 def are_numbers(values, count: int) -> bool:
-    """Whether this is a list of so many numbers."""
-    return isinstance(values, list | tuple) and len(values) == count and all(isinstance(x, int | float) for x in values)
+    """Whether this is a list of so many numbers, none of them NaN or beyond all sense."""
+    listed = isinstance(values, list | tuple) and len(values) == count
+    return listed and all(isinstance(x, int | float) and abs(x) < MOST for x in values)
 
 
 def card(config: Mapping, architecture: str, pooler: bool, results: Sequence[tuple[str, str]]) -> str:

@@ -134,7 +134,7 @@ def to_ours(leaf: str, tensors: Sequence[np.ndarray]) -> np.ndarray:
 
 def count_blocks(names: Iterable[str], table: Mapping[str, str | tuple[str, ...]], part: str) -> int:
     """How many blocks the `part`, encoder or decoder, has: one more than the highest number in `names`."""
-    pattern = re.escape(table[part + "/block_{i}/mlp/in"]).replace(re.escape("{i}"), r"(\d+)")
+    pattern = re.escape(table[part + "/block_{i}/mlp/in"]).replace(re.escape("{i}"), r"(\d{1,9})")
     numbers = [int(found[1]) for name in names if (found := re.match(pattern, name))]
     return max(numbers, default=-1) + 1
 

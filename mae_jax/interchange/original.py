@@ -51,9 +51,11 @@ def describe(
       ConfigError: what no tensor says must be given.
     """
     problems = [
-        f"{where}: missing: {name}" if name not in shapes else f"{where}: misshapen: {name} is {shapes[name]}, not {of}"
+        f"{where}: missing: {name}"
+        if name not in shapes
+        else f"{where}: misshapen: {name} is {shapes[name]}, not {of}, all above 0"
         for name, (of, fits) in TELLING.items()
-        if (name in shapes or name in ALWAYS) and not (name in shapes and fits(shapes[name]))
+        if (name in shapes or name in ALWAYS) and not (name in shapes and fits(shapes[name]) and all(shapes[name]))
     ]
     if problems:
         raise CheckpointError(problems)

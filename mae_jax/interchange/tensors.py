@@ -7,8 +7,11 @@ import contextlib
 import functools
 import json
 import os
+import pickletools
 import re
 import shutil
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +22,11 @@ import safetensors
 import safetensors.numpy
 
 from mae_jax.errors import CheckpointError, ConfigError
+from mae_jax.files import in_bucket
 
 PYTORCH = (".pth", ".pt", ".bin")
+OLD_PICKLES = 5  # in a file of PyTorch's before 1.6, one after the other; then come the numbers
+HARMLESS = ("torch", "torch._utils", "collections", "argparse")  # modules of what is in files of tensors
 FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
 WRAPPERS = ("model", "state_dict")  # what a file of PyTorch's may hold its tensors in
 
@@ -65,7 +71,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no object")
@@ -93,15 +99,20 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
 def _of_pytorch(path: Path) -> dict[str, Tensor]:
     torch = _torch(f"{path}: is read")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings, in files of the original code
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # the settings, in files of the original code; and what PyTorch warns of is an error, told below
+            warnings.simplefilter("ignore")
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # of a dozen types, for as many kinds of damage
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        code = named[1] if named else _code_in(path)
         if code:
-            what = f"holds more than tensors: it would run {code[1]}; not loaded"
+            what = f"holds more than tensors: it would run {code}; not loaded"
         else:
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            what = f"not a whole file of PyTorch's ({reason})"
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+            what = f"not a whole file of PyTorch's ({reason.splitlines()[0][:200]})"
+            if "operand 149" in reason:  # that of protocol 4 for a name
+                what = "a pickle of protocol 4 or 5, which PyTorch reads by running it alone; torch.save it anew"
         raise CheckpointError(f"{path}: {what}") from error
     for wrapper in WRAPPERS:
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
@@ -114,6 +125,33 @@ def _of_pytorch(path: Path) -> dict[str, Tensor]:
         return (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
 
     return {name: Tensor(tuple(x.shape), functools.partial(read, x)) for name, x in held.items()}
+
+
+def _code_in(path: Path) -> str:
+    """The first function that a pickle in the file calls and files of tensors do not, or nothing; none is run.
+
+    PyTorch names it in pickles of its own protocol, 2, alone.
+    """
+    with contextlib.suppress(Exception), contextlib.ExitStack() as held:  # damaged in one of many ways: no names
+        if _is_zip(path):
+            whole = held.enter_context(zipfile.ZipFile(path))
+            file = held.enter_context(whole.open(next(n for n in whole.namelist() if n.endswith("data.pkl"))))
+        else:
+            file = held.enter_context(path.open("rb"))
+        for _ in range(OLD_PICKLES):
+            texts, kept = [], {}  # strings in a row, and those that are put aside by number
+            for code, argument, _ in pickletools.genops(file):
+                if "UNICODE" in code.name:
+                    texts.append(argument)
+                elif code.name.endswith("GET"):
+                    texts.append(kept.get(argument, ""))
+                elif code.name == "MEMOIZE" or code.name.endswith("PUT"):
+                    kept[len(kept) if argument is None else argument] = texts[-1] if texts else ""
+                elif code.name in ("GLOBAL", "STACK_GLOBAL"):
+                    module, name = argument.split(" ", 1) if argument else texts[-2:]
+                    if module not in HARMLESS:
+                        return f"{module}.{name}"
+    return ""
 
 
 def _is_zip(path: Path) -> bool:
@@ -149,14 +187,21 @@ def whole(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder, which becomes `path` when all is well and is deleted when not.
 
     Raises:
-      ConfigError: there is something already, but for an empty folder, or it cannot be written there.
+      ConfigError: there is something already, but for an empty folder, or it cannot be written there; or it is in a
+        bucket, or among the checkpoints of a run, whose sums it would make wrong.
     """
+    if in_bucket(path):
+        raise ConfigError(f"{path}: is in a bucket, where this is not written; name a path here, and copy it there")
     path = Path(os.path.abspath(path))
+    if path == Path.cwd() or path == path.parent:
+        which = "current" if path == Path.cwd() else "root"
+        raise ConfigError(f"{path}: is the {which} folder, which cannot be replaced; name another")
+    runs = [parent for parent in Path(os.path.realpath(path)).parents if parent.name == "checkpoints"]
+    if any(next(parent.glob("*/state"), None) for parent in runs):
+        raise ConfigError(f"{path}: is among the checkpoints of a run, which it would damage; name another place")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     missing = [parent for parent in path.parents if not os.path.exists(parent)]  # the nearest first
     try:
-        if path == Path.cwd():
-            raise ConfigError(f"{path}: is the current folder, which cannot be replaced; name another")
         if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(f"{path}: is there already; name another, or delete it")
         unfinished.mkdir(parents=True)  # to see whether it can be

@@ -34,6 +34,10 @@ LEAST = {
     "guard": {"patience": 1},
 }
 
+# The most of them, where more would fail or never end: each stage compiles a step of its own.
+MOST = {"mask_schedule": {"stages": 256}, "data": {"subset_seed": 2**32 - 1}}
+MOST_NUMBERS = 2**29  # of an image, and of a table of positions: 2 GiB as float32
+
 
 def seed_problems(config: ConfigDict) -> list[str]:
     """What is wrong with config.seed: a line, or none."""
@@ -82,6 +86,11 @@ def source_problems(data: ConfigDict) -> list[str]:
     )
     if data.channels < 1:
         problems.append(f"config.data.channels: {data.channels} is below 1")
+    elif math.prod(data.image_size) * data.channels > MOST_NUMBERS:
+        problems.append(
+            f"config.data.image_size: {tuple(data.image_size)} times {data.channels} channel(s) are more than the "
+            f"{MOST_NUMBERS} numbers that an image may have"
+        )
     elif data.source in ("folder", "files", "tfds") and data.channels not in (1, 3):
         problems.append(f"config.data.channels: image files are read as 1 or 3 channels, not {data.channels}")
     return problems
@@ -156,13 +165,15 @@ def mesh_problems(there: Sequence[jax.Device], **sizes: int) -> list[str]:
 
 
 def count_problems(config: ConfigDict) -> list[str]:
-    """Which settings that count something are below the `LEAST` they can be, one line each."""
-    return [
-        f"config.{group}.{key}: {config[group][key]} is below {least}"
-        for group, keys in LEAST.items()
-        for key, least in keys.items()
-        if group in config and config[group].get(key) is not None and config[group][key] < least
-    ]
+    """Which settings that count something are below the `LEAST` or above the `MOST` they can be, one line each."""
+    given = lambda bounds: (  # noqa: E731
+        (f"config.{group}.{key}", config[group][key], bound)
+        for group, keys in bounds.items()
+        for key, bound in keys.items()
+        if group in config and config[group].get(key) is not None
+    )
+    problems = [f"{where}: {value} is below {least}" for where, value, least in given(LEAST) if value < least]
+    return problems + [f"{where}: {value} is above {most}" for where, value, most in given(MOST) if value > most]
 
 
 def length(config: ConfigDict) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from mae_jax.model.vit import ViT
 
 # What a folder may hold its tensors in, the best first.
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What no model here is larger than: blocks, numbers in its table of positions, and all its weights.
+MOST_BLOCKS, MOST_NUMBERS, MOST_WEIGHTS = 256, 2**29, 2**40
 SUFFIXES = (".safetensors", *tensors.PYTORCH)
 
 
@@ -84,6 +87,7 @@ def read(
         raise CheckpointError(
             f"{file}: no ViT of the original code or of timm (it has {some}, ...), and no config.json beside it"
         )
+    _check_extent(config, shapes, str(file))
     _check_unsaid(config, str(file), heads, target, classes)
     if mean or std:
         pixels, known = {"mean": tuple(mean), "std": tuple(std)}, True
@@ -106,7 +110,27 @@ def _settings_of_timm(path: Path) -> dict:
         settings = tensors.read_json(path)
     except CheckpointError:
         return {}
-    return {**settings.get("pretrained_cfg", {}), **settings} if "architecture" in settings else settings
+    beside = settings.get("pretrained_cfg")
+    return {**beside, **settings} if "architecture" in settings and isinstance(beside, dict) else settings
+
+
+def _check_extent(config: dict, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise a CheckpointError where a model would be of a size that no file has, and this one has not.
+
+    What is merely missing is listed later, name by name; for that all blocks are traced and positions are computed.
+    """
+    held, patch, size = sum(map(math.prod, shapes.values())), config["encoder"]["patch_size"], config["image_size"]
+    for part in config.keys() & {"encoder", "decoder"}:
+        width, depth = config[part]["width"], config[part]["depth"]
+        table = (1 + math.prod(side // patch for side in size)) * width
+        weights = depth * (4 * width + 2 * int(width * config[part]["mlp_ratio"])) * width
+        weights += patch**2 * config["channels"] * width
+        bounds = (depth, len(shapes), MOST_BLOCKS), (table, held, MOST_NUMBERS), (weights, held, MOST_WEIGHTS)
+        if any(number > max(there, most) for number, there, most in bounds):
+            raise CheckpointError(
+                f"{where}: its {part} would be {depth} blocks of width {width}, for {size[0]}x{size[1]} pixels in "
+                f"patches of {patch}: too many for a file of {held} numbers in {len(shapes)} tensors"
+            )
 
 
 def _check_unsaid(config: dict, where: str, heads: Sequence[int], target: str, classes: Sequence[str]) -> None:
@@ -231,6 +255,9 @@ def resize(config: dict, params: dict, image_size: Sequence[int], positions: str
     patch = config["encoder"]["patch_size"]
     if len(image_size) != 2 or min(image_size) < 1 or any(side % patch for side in image_size):
         raise ConfigError(f"--resize={','.join(map(str, image_size))}: is not divisible into patches of {patch}")
+    width = max(config[part]["width"] for part in params.keys() & {"encoder", "decoder"})
+    if math.prod(image_size) * max(width / patch**2, config["data"]["channels"]) > MOST_NUMBERS:
+        raise ConfigError(f"--resize={','.join(map(str, image_size))}: is larger than any image may be")
     grids = [grid_of(size, patch) for size in (config["data"]["image_size"], image_size)]
     for part in params.keys() & {"encoder", "decoder"}:
         width, learned = config[part]["width"], config[part]["positions"] == "learned"
@@ -260,6 +287,8 @@ def adapt(config: dict, params: dict, channels: int, how: str) -> list[str]:
     if how == "sum" and channels != 1:
         raise ConfigError(f"--adapt=sum: is for one channel, not {channels}; use repeat")
     before, embedding, pixels = config["data"]["channels"], params["encoder"]["patch_embedding"], config["pixels"]
+    if embedding["kernel"].size // before * channels > MOST_NUMBERS:
+        raise ConfigError(f"--channels={channels}: are more than any image may have")
     kernel = embedding["kernel"].reshape(-1, before, config["encoder"]["width"])  # [P*P,C,D]
     if how == "sum":
         kernel = kernel.sum(axis=1, keepdims=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from ml_collections import ConfigDict
 
@@ -14,6 +16,8 @@ from mae_jax.model.patches import grid_of
 from mae_jax.model.positions import POSITIONS
 from mae_jax.training.sharding import mesh_shape
 
+MOST_BLOCKS = 256  # each is traced and compiled by itself; published ViTs have up to 64
+MOST_PARAMETERS = 2**40  # fifty times the largest ViT there is
 DTYPES = ("float32", "bfloat16")  # what config.dtype may be
 
 
@@ -32,7 +36,7 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
         | dtype_choice(config)
     )
     patch = encoder.patch_size
-    if config.target.name in targets.TARGETS and patch >= 1 and data.channels >= 1:
+    if config.target.name in targets.TARGETS and 1 <= patch <= max(data.image_size, default=0) and data.channels >= 1:
         problems += target_problems(config)
     if encoder.drop_path or not encoder.final_norm:
         problems.append("config.encoder: drop_path and final_norm=False are for fine-tuning; leave them out")
@@ -44,11 +48,16 @@ def autoencoder_problems(config: ConfigDict) -> list[str]:
     if not wrong:
         grid = grid_of(data.image_size, patch)
         wrong = mask_problems(config, grid, config.loss.patches) + start_problems(config, grid)
-        wrong += head_problems(config.decoder, max(config.mask.ratio, config.mask_schedule.start or 0))
+        wrong += head_problems(config.decoder, most_hidden(config))
     if config.mask.decoded != 1 and config.loss.patches == "all":
         wrong.append("config.mask.decoded: is for a loss of hidden patches; leave it out, or config.loss.patches=all")
     problems += wrong + decoder_problems(config)
     return problems + transformer_problems("encoder", config, 1) + transformer_problems("decoder", config, 0)
+
+
+def most_hidden(config: ConfigDict) -> float:
+    """The largest ratio that is hidden in any stage of training or in evaluation."""
+    return max(config.mask.ratio, config.mask_schedule.start or 0)
 
 
 def head_problems(decoder: ConfigDict | Decoder, ratio: float) -> list[str]:
@@ -70,7 +79,7 @@ def decoder_problems(config: ConfigDict) -> list[str]:
         problems.append(
             "config.decoder.kind: cross has mask tokens of its own; set config.decoder.mask_tokens to decoder"
         )
-    if config.mask.ratio > 0 and blind and (encoder.positions == "none" if from_encoder else decoder.depth):
+    if most_hidden(config) > 0 and blind and (encoder.positions == "none" if from_encoder else decoder.depth):
         told = "config.encoder.positions" if from_encoder else "config.decoder.positions"
         problems.append(f"{told}: none, so that nothing tells one hidden patch from another; give the mask tokens some")
     return problems
@@ -84,8 +93,9 @@ def target_problems(config: ConfigDict) -> list[str]:
         problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
     if size is not None and not target.fit:
         problems.append(f"config.target.size: {name} has no size; leave it out")
-    elif size is not None and size < 1:
-        problems.append(f"config.target.size: {size} is below 1")
+    elif size is not None and not 1 <= size <= fitting.IMAGES * fitting.PATCHES:
+        most = f"{fitting.IMAGES * fitting.PATCHES}, the patches that it is fitted to"
+        problems.append(f"config.target.size: {size} is below 1, or above {most}")
     elif name == "pca" and len(target.unfitted(values)["components"]) > values:
         told = "96, the default," if size is None else size
         problems.append(f"config.target.size: {told} is more than the {values} values of a patch have components")
@@ -168,6 +178,7 @@ def transformer_problems(group: str, config: ConfigDict, least: int) -> list[str
         )
     elif config.dtype in DTYPES:
         problems += attention_problems(group, config)
+    problems += extent_problems(group, config)
     if part.depth < least:
         problems.append(f"config.{group}.depth: {part.depth} is below {least}")
     if part.mlp_ratio * max(part.width, 1) < 1:
@@ -184,6 +195,35 @@ def transformer_problems(group: str, config: ConfigDict, least: int) -> list[str
     if group == "encoder" and not 0 <= part.drop_path < 1:
         problems.append(f"config.encoder.drop_path: {part.drop_path} is not between 0 and 1")
     return problems
+
+
+def extent_problems(group: str, config: ConfigDict) -> list[str]:
+    """What is wrong with the extent of the encoder or decoder, which no machine could hold or compile: a line, or none.
+
+    Positions are tables that are computed where a model is only looked at, so that this has to be told before.
+    """
+    part, size, patch = config[group], config.data.image_size, config.encoder.patch_size
+    if part.depth > MOST_BLOCKS:
+        return [f"config.{group}.depth: {part.depth} is above {MOST_BLOCKS}"]
+    width = float(part.width)
+    parameters = max(part.depth, 1) * width * width * (4 + 2 * part.mlp_ratio)
+    if group == "encoder":
+        parameters += width * patch**2 * config.data.channels
+    if parameters > MOST_PARAMETERS:
+        return [
+            f"config.{group}.width: {part.width} makes {parameters:.1e} parameters, with config.{group}.depth "
+            f"{part.depth} and config.{group}.mlp_ratio {part.mlp_ratio}; more than {MOST_PARAMETERS:.1e} are too many"
+        ]
+    if image_size_problems(config) or math.prod(size) * config.data.channels > checks.MOST_NUMBERS:
+        return []
+    tokens = 1 + math.prod(grid_of(size, patch))
+    numbers = tokens * max(part.width, tokens if part.positions == "relative" else 0)
+    if numbers > checks.MOST_NUMBERS:
+        return [
+            f"config.{group}.positions: a table of {numbers} numbers, for {tokens - 1} patches; more than "
+            f"{checks.MOST_NUMBERS} are too many: give larger patches or smaller images"
+        ]
+    return []
 
 
 def attention_problems(group: str, config: ConfigDict) -> list[str]:

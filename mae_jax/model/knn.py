@@ -45,6 +45,7 @@ def classify(
     Returns:
       i32[len(ks),N].
     """
+    ks = [min(k, len(bank)) for k in ks]  # there are no more, and what none is takes memory too
     similarities, voters = _nearest(bank, labels, queries, max(ks), weight, min(chunk, len(bank)))
     # subtracted, so that the largest vote is 1 at any temperature; a max, as XLA sorts all where top_k is sliced again
     nearest = jnp.max(similarities, axis=1, keepdims=True)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mae_jax.data import sources
-from mae_jax.data.sources import SOURCES, balanced, in_memory, subset
+from mae_jax.data.sources import MAX_BYTES, SOURCES, balanced, in_memory, subset
 from mae_jax.errors import ConfigError
 
 
@@ -254,6 +255,16 @@ def test_an_unreadable_file_comes_as_no_bytes(tmp_path):
     Path(source.name(gone)).unlink()
     images, labels = source.read(np.arange(3))
     assert [bool(image) for image in images] == [i != gone for i in range(3)] and len(labels) == 3
+
+
+@pytest.mark.parametrize("size", [MAX_BYTES + 1, 300 * 2**30], ids=["one byte too many", "300 GiB"])
+def test_a_file_of_more_bytes_than_a_picture_has_comes_as_none(size, tmp_path):
+    picture, sparse = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    sparse.touch()
+    os.truncate(sparse, size)
+    images, _ = SOURCES["files"](path=f"{picture},{sparse}").read(np.arange(2))
+    assert images == [picture.read_bytes(), b""]
 
 
 def test_files_come_in_the_order_named(tree):

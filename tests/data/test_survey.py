@@ -21,7 +21,7 @@ def test_what_is_in_a_folder(tmp_path, caplog):
     assert found.size == 8 and found.seconds > 0
     reasons = dict(zip(found.unreadable, found.reasons, strict=True))
     assert reasons == {
-        f"{tmp_path}/cat/empty.png": "no file that can be opened, or an empty one",
+        f"{tmp_path}/cat/empty.png": "no file that can be opened, or an empty one, or one of more than 512 MiB",
         f"{tmp_path}/cat/none.png": "cannot identify image file",
         f"{tmp_path}/dog/huge.png": "200000000 pixels are too many",
     }

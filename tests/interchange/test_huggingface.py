@@ -15,7 +15,7 @@ import safetensors.numpy
 from PIL import Image
 
 import mae_jax
-from mae_jax.interchange.huggingface import DEFAULTS, describe
+from mae_jax.interchange.huggingface import DEFAULTS, describe, pixels_of
 from mae_jax.jobs import classification
 from mae_jax.model import losses, masking, targets
 from mae_jax.model.masking import Mask
@@ -80,6 +80,13 @@ def test_every_bit_pattern_comes_back(worlds, tmp_path):
     worlds.write_hugging_face(tmp_path / "theirs", worlds.cases["tiny"], "ViTMAEForPreTraining", tensors)
     workdir = worlds.import_(tmp_path / "theirs", tmp_path / "ours")
     worlds.assert_bits(tensors_of(export(worlds, workdir, tmp_path / "back")), tensors)
+
+
+def test_a_preprocessor_without_sense_is_not_heard():
+    said = {"image_mean": [0.5], "image_std": [0.5]}
+    assert pixels_of(said, 1, "vit")[1]
+    for wrong in ({"rescale_factor": 0}, {"rescale_factor": 10**400}, {"image_mean": [float("nan")]}):
+        assert not pixels_of(said | wrong, 1, "vit")[1]
 
 
 def test_what_a_preprocessor_says_comes_back(worlds, tmp_path):
@@ -473,6 +480,19 @@ def test_a_real_beit_is_none_that_can_be_read(attempt):
         ({"hidden_size": "wide"}, "theirs/"),
         ({"hidden_size": 0}, "theirs/"),
         ({"patch_size": 0}, "theirs/"),
+        (
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers is 1000000000000, not a number above 0 and below ",
+        ),
+        ({"num_hidden_layers": 10**9}, "its encoder would be 1000000000 blocks of width 24"),
+        ({"decoder_num_hidden_layers": 10**9}, "its decoder would be 1000000000 blocks of width 16"),
+        ({"image_size": 16 * 10**9}, "image_size is 16000000000, not"),
+        ({"image_size": 10**9}, "for 1000000000x1000000000 pixels in patches of 4: too many for a file of "),
+        ({"hidden_size": 2**30}, "of width 1073741824"),
+        ({"intermediate_size": 10**400}, "intermediate_size is 1000000"),
+        ({"patch_size": 2**30, "image_size": 2**30}, "in patches of 1073741824"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"id2label": {"²": "x"}}, "id2label is no table from numbers to names"),
     ],
     ids=str,
 )
@@ -490,7 +510,7 @@ def test_a_width_that_fixed_positions_cannot_have(worlds, tmp_path, capsys):
     assert not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 200_000])
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_damaged_json_file(name, text, worlds, tmp_path, capsys):
     worlds.write_hugging_face(tmp_path / "theirs", worlds.cases["tiny"], "ViTModel")

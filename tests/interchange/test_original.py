@@ -308,6 +308,15 @@ def test_all_that_is_missing_unused_and_misshapen_is_named(worlds, tmp_path, cap
     [
         ("patch_embed.proj.weight", (32, 12), r"patch_embed.proj.weight is \(32, 12\)"),
         ("patch_embed.proj.weight", (32, 3, 2, 4), r"patch_embed.proj.weight is \(32, 3, 2, 4\)"),
+        (
+            "patch_embed.proj.weight",
+            (32, 3, 0, 0),
+            r"\(32, 3, 0, 0\), not \(width, .*, side\), all above 0",
+        ),
+        ("patch_embed.proj.weight", (32, 0, 2, 2), r"patch_embed.proj.weight is \(32, 0, 2, 2\)"),
+        ("pos_embed", (1, 5, 0), r"pos_embed is \(1, 5, 0\)"),
+        ("blocks.0.mlp.fc1.weight", (0, 32), r"blocks.0.mlp.fc1.weight is \(0, 32\)"),
+        ("decoder_embed.weight", (0, 32), r"decoder_embed.weight is \(0, 32\)"),
         ("pos_embed", (17, 32), r"pos_embed is \(17, 32\), not \(1, 1 \+ patches, width\)"),
         ("pos_embed", (1, 1, 32), r"pos_embed is \(1, 1, 32\), not \(1, 1 \+ patches, width\)"),
         ("blocks.0.mlp.fc1.weight", (), r"blocks.0.mlp.fc1.weight is \(\)"),

@@ -4,13 +4,16 @@ import argparse
 import json
 import os
 import pickle
+import re
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from mae_jax.errors import CheckpointError, ConfigError
+from mae_jax.files import to_path
 from mae_jax.interchange import tensors
 
 SOME = {
@@ -178,11 +181,28 @@ def test_code_in_a_file_is_named_and_not_run(zipped, torch, tmp_path, monkeypatc
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_pickle_with_code_that_pytorch_did_not_write(torch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_with_code_that_pytorch_did_not_write(protocol, zipped, torch, tmp_path, monkeypatch, recwarn):
     monkeypatch.setenv("MAE_JAX_TEST_TRAP", str(tmp_path / "sprung"))
-    (tmp_path / "x.pth").write_bytes(pickle.dumps(Code()))
-    assert told(tmp_path / "x.pth").startswith(f"{tmp_path}/x.pth: ")
-    assert not (tmp_path / "sprung").exists()
+    path, data = tmp_path / "x.pth", pickle.dumps({"model": Code()}, protocol)
+    if zipped:
+        torch.save({}, path)
+        with zipfile.ZipFile(path) as before:
+            parts = {name: before.read(name) for name in before.namelist()}
+        with zipfile.ZipFile(path, "w") as after:
+            for name, part in parts.items():
+                after.writestr(name, data if name.endswith("data.pkl") else part)
+    else:
+        path.write_bytes(data)
+    assert told(path) == f"{path}: holds more than tensors: it would run {os.mkdir.__module__}.mkdir; not loaded"
+    assert not (tmp_path / "sprung").exists() and not recwarn.list
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_in_a_pickle_that_pytorch_does_not_read_safely(zipped, torch, tmp_path):
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.pth", pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    assert "x.pth: a pickle of protocol 4 or 5, " in told(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("size", [0, 4, 200, -1])
@@ -257,6 +277,29 @@ def test_an_empty_folder_may_be_there(tmp_path):
         unfinished.mkdir()
         (unfinished / "y").write_text("done")
     assert (tmp_path / "x" / "y").read_text() == "done"
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("gs://bucket/x", "gs://bucket/x: is in a bucket"),
+        ("/", "/: is the root folder"),
+        ("", ": is the current folder"),
+        ("run/checkpoints/6/x", "6/x: is among the checkpoints of a run"),
+        ("run/checkpoints/7", "checkpoints/7: is among the checkpoints of a run"),
+        ("link/6/x", "link/6/x: is among the checkpoints of a run"),
+    ],
+)
+def test_where_nothing_may_be_written(out, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "6" / "state").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run/checkpoints")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=re.escape(words)), tensors.whole(to_path(out)) as unfinished:
+        unfinished.write_text("")
+    assert sorted(tmp_path.rglob("*")) == before
+    with tensors.whole(tmp_path / "checkpoints" / "x") as unfinished:  # no run's
+        unfinished.write_text("")
 
 
 def test_where_nothing_can_be_written(tmp_path):

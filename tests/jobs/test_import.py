@@ -410,6 +410,8 @@ def test_flags_that_are_wrong_are_told_all_together(flags, words, tools, capsys,
     ("flags", "words"),
     [
         (("--resize=9",), "--resize=9,9: is not divisible into patches of 2"),
+        (("--resize=100000000000",), "--resize=100000000000,100000000000: is larger than any image may be"),
+        (("--channels=100000000000", "--adapt=repeat"), "--channels=100000000000: are more than any image may have"),
         (("--channels=2", "--adapt=sum"), "--adapt=sum: is for one channel, not 2; use repeat"),
     ],
 )
