@@ -126,9 +126,6 @@ class Run:
         )
         stages = [(step, step_of(*pair)) for step, *pair in [(0, draw, loss_fn), *later]]
         train_step = in_turn(stages, first) if later else stages[0][1]
-        hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
-        if self.checkpoints.minutes:
-            hooks.append((config.log.every, self.checkpoints.save_if_time))
         progress, batches = metrics.Progress(self.writer, self.steps, data.batch_size), batches or data
 
         def go_back(state):
@@ -138,6 +135,14 @@ class Run:
         examples_of = partial(batches.indexes, config.seed)
         size = (data.batch_size, self.steps_per_epoch)
         guard = Guard(self.workdir, first, examples_of, go_back, *size, **config.guard)
+
+        def keep(state, step, save=self.checkpoints.save):
+            if guard.keeps(state.params, step, step == self.steps):
+                save(state, step)
+
+        hooks = [*hooks, (self.checkpoints.every, keep)]
+        if self.checkpoints.minutes:
+            hooks.append((config.log.every, partial(keep, save=self.checkpoints.save_if_time)))
         examples = batches.shuffled(config.seed, first, batch_sharding(self.mesh))
         try:
             with hosts.failing_at_once():

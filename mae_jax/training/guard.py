@@ -12,6 +12,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
+
 from mae_jax.errors import DataError, NumericsError
 from mae_jax.files import if_possible, write_lines
 from mae_jax.training import hosts, metrics
@@ -102,6 +106,25 @@ class Guard:
         print(f"{why}: going on from the newest checkpoint, after these images", flush=True)
         return earlier
 
+    def keeps(self, params, step: int, last: bool) -> bool:
+        """Whether the state of `step`, with these parameters, is worth a checkpoint.
+
+        While steps are skipped none is but the last: the state stays the same and may be what spoils them, and new
+        checkpoints would push out those of before. Nor is one that a finite step has thrown out of all bounds.
+
+        Raises:
+          NumericsError: the last state is such a one.
+        """
+        if self.in_row and not last:
+            return False
+        if _in_bounds(params):
+            return True
+        what = f"the parameters of step {step} are not finite, or too large to compute with"
+        if last:
+            raise NumericsError(f"{what}; lower config.optim.base_learning_rate")
+        print(f"{what}: not saved", flush=True)
+        return False
+
     def _count(self, step: int, unreadable: int) -> None:
         """Take note of how many samples of `step` could not be read."""
         while self.recent and self.recent[0]["step"] <= step - self.epoch:
@@ -125,3 +148,9 @@ class Guard:
     def _write(self) -> None:
         with if_possible(self.path):
             write_lines(self.path, self.lines)
+
+
+@jax.jit
+def _in_bounds(params) -> jax.Array:
+    """Whether squares of the parameters can be summed; asked only before saving, as each step has no time for it."""
+    return jnp.isfinite(optax.tree.norm(params))
