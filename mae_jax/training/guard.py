@@ -59,17 +59,18 @@ class Guard:
         unreadable: float = 0.1,
     ):
         self.path, self.examples_of, self.go_back, self.patience = workdir / SKIPPED, examples_of, go_back, patience
-        self.lines = [line for line in metrics.read(self.path) if line["step"] < first]
+        self.lines = [line for line in _lines(self.path) if line["step"] < first]
         self.in_row, self.went_back = 0, False
-        if self.path.exists():
+        if self.lines or self.path.exists():
             self._write()
         self.share, self.batch_size, self.epoch = unreadable, batch_size, epoch
         self.unreadable_path = workdir / UNREADABLE
-        before = [line for line in metrics.read(self.unreadable_path) if line["step"] < first]
+        before = [line for line in _lines(self.unreadable_path, "unreadable") if line["step"] < first]
         self.unreadable = sum(line["unreadable"] for line in before)
         self.recent = deque(line for line in before if line["step"] > first - epoch)
-        if hosts.leads() and self.unreadable_path.exists():
-            write_lines(self.unreadable_path, before)
+        if hosts.leads() and (before or self.unreadable_path.exists()):
+            with if_possible(self.unreadable_path):
+                write_lines(self.unreadable_path, before)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -148,6 +149,11 @@ class Guard:
     def _write(self) -> None:
         with if_possible(self.path):
             write_lines(self.path, self.lines)
+
+
+def _lines(path: Path, *numbers: str) -> list[dict]:
+    """Those of a file of an earlier part of the run: on all hosts what the first one finds, which may set it aside."""
+    return hosts.of_first(lambda: metrics.recover(path, ("step", *numbers)))
 
 
 @jax.jit

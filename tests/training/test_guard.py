@@ -205,6 +205,19 @@ def test_samples_that_cannot_be_read_are_counted_and_written_down(tmp_path):
     assert [line["step"] for line in metrics.read(guard.unreadable_path)] == [1, 3, 4]
 
 
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"5", b'{"step": 1}'], ids=["binary", "5", "step"])
+def test_what_is_damaged_of_skipped_and_unreadable_is_kept_aside(damage, tmp_path, capsys):
+    (tmp_path / "skipped.jsonl").write_bytes(b'{"step": 0}\n' + damage.replace(b"step", b"stop") + b"\n")
+    (tmp_path / "unreadable.jsonl").write_bytes(b'{"step": 0, "unreadable": 2}\n' + damage + b"\n")
+    guard = guarded(tmp_path, first=2)
+    assert guard.totals == {"skipped": 1, "data/unreadable": 2}
+    told = capsys.readouterr().out.splitlines()
+    for name, line in zip(("skipped.jsonl", "unreadable.jsonl"), told, strict=True):
+        assert line.startswith(f"{tmp_path / name}: damaged in line 2; kept as ")
+        assert damage in (tmp_path / f"{name}.damaged").read_bytes().replace(b"stop", b"step")
+        assert len(metrics.read(tmp_path / name)) == 1
+
+
 def test_too_many_samples_that_cannot_be_read_end_the_run(tmp_path):
     unread(guarded(tmp_path / "first"), [100] + [0] * 30)
     with pytest.raises(
