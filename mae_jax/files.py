@@ -11,7 +11,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +145,37 @@ def if_possible(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         print(f"{path}: not written ({error.strerror or error}); training goes on", flush=True)
+
+
+def read_lines(path: Path, numbers: Sequence[str]) -> tuple[list[dict], str]:
+    """The lines of JSON of a file, none if there is no file; and what is wrong with it, or nothing.
+
+    A last line that a crash has cut short is left out. So is, and is told, what is no object with integers for
+    `numbers`.
+    """
+    try:
+        *whole, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    except OSError as error:
+        return [], f"not readable ({error.strerror})"
+    lines, wrong = [], []
+    for number, text in enumerate([*whole, rest], 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or any(type(line.get(key)) is not int for key in numbers):
+                raise ValueError
+            lines.append(line)
+        except (ValueError, RecursionError):
+            wrong += [str(number)] if number <= len(whole) else []
+    return lines, f"damaged in line {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}" if wrong else ""
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Keep what is wrong with `reason`, and in the way, as PATH.damaged."""
+    taken = {there.name for there in path.parent.iterdir()}
+    names = (f"{path.name}.damaged" + f".{i}" * bool(i) for i in range(len(taken) + 1))
+    aside = path.parent / next(name for name in names if name not in taken)
+    path.rename(aside)
+    print(f"{path}: {reason}; kept as {aside}, and gone on without", flush=True)
 
 
 def write(path: Path, data: bytes) -> None:

@@ -443,14 +443,45 @@ def test_a_run_stopped_after_its_last_checkpoint_still_ends_as_promised(trained,
         (workdir / "summary.json").unlink()
 
 
-def test_a_config_that_cannot_be_read_is_one_line(trained, tmp_path, capsys):
+DAMAGES = {
+    "cut": b"{",
+    "list": b"[1]",
+    "null": b"null",
+    "text": b'"abc"',
+    "deep": b"[" * 200_000,
+    "binary": b"\xff\x00",
+}
+
+
+@pytest.mark.parametrize("damage", [None, "folder", *DAMAGES])
+def test_without_its_config_a_run_is_compared_with_its_newest_checkpoint(damage, trained, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    if damage == "folder":
+        path.mkdir()
+    elif damage:
+        path.write_bytes(DAMAGES[damage])
+    assert pretraining(tmp_path, *SHORT, "--config.seed=3") == 2
+    found = capsys.readouterr()
+    assert f"config.seed: 0 in {tmp_path}/checkpoints/50, now 3; use a new" in found.err
+    assert f"{path}: not {'readable' if damage else 'there'}" in found.out
+    assert path.exists() == bool(damage), "refused, and nothing is touched"
+
+
+def test_a_run_that_goes_on_without_its_config_has_one_again(trained, tmp_path, capsys):
     workdir = copy_of(trained, tmp_path)
     (workdir / "config.json").write_text("{")
-    assert pretraining(workdir, *SHORT, "--config.train.steps=60") == 4
-    assert "config.json: not readable" in capsys.readouterr().err
-    (workdir / "checkpoints" / str(STEPS) / "config" / "config.json").write_text("")
+    (workdir / "summary.json").unlink()
+    assert pretraining(workdir, *SHORT) == 0
+    assert (workdir / "config.json").read_bytes() == (trained / "config.json").read_bytes()
+    assert (workdir / "config.json.damaged").read_text() == "{"
+    for file in (workdir / "checkpoints").glob("*/config/config.json"):
+        file.write_text("")
     assert reconstruction(workdir, tmp_path / "out") == 4
     assert "50: damaged: config/config.json has 0 bytes, not " in capsys.readouterr().err
+    (workdir / "config.json").unlink()
+    assert pretraining(workdir, *SHORT) == 4
+    assert "config.json: not there, nor is that of any checkpoint" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_gone_back_over_to_the_same_result(trained, tmp_path, capsys):

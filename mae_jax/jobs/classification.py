@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, DataError
 from mae_jax.files import write_json
 from mae_jax.jobs import checks, model_checks, models, plots
-from mae_jax.jobs.runs import Run
+from mae_jax.jobs.runs import Run, earlier_config
 from mae_jax.model.classifier import Classifier
 from mae_jax.model.patches import normalize
 from mae_jax.model.vit import ViT
@@ -73,12 +72,11 @@ def check(
 
 def remember(config: ConfigDict, workdir: Path) -> ConfigDict:
     """`config`, and where `workdir` has a run to go on with, its encoder: what that began with may be gone."""
-    path = workdir / "config.json"
-    if not checkpoint.steps_in(workdir / checkpoint.FOLDER) or not path.exists():
-        return config
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged file is reported by the run
-        config = ConfigDict(config.to_dict())
-        config.encoder = {**json.loads(path.read_text())["encoder"], **config.encoder.to_dict()}
+    before, path, _ = earlier_config(workdir)
+    with contextlib.suppress(KeyError, TypeError):  # of another job; the run says what is different
+        if path is not None:
+            config = ConfigDict(config.to_dict())
+            config.encoder = {**before["encoder"], **config.encoder.to_dict()}
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +19,10 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import flatten, to_json
 from mae_jax.data.pipeline import Dataset
-from mae_jax.errors import CheckpointError, ConfigError
-from mae_jax.files import write_json
+from mae_jax.errors import CheckpointError, ConfigError, in_short
+from mae_jax.files import set_aside, write_json
 from mae_jax.training import hosts, metrics, optim
-from mae_jax.training.checkpoint import Checkpoints, steps_in
+from mae_jax.training.checkpoint import CONFIG, Checkpoints, load_config, steps_in
 from mae_jax.training.guard import Guard
 from mae_jax.training.loop import Hook, State, all_of, create_state, fit, in_turn, make_train_step, total_steps
 from mae_jax.training.sharding import batch_sharding, make_mesh, place
@@ -74,8 +75,10 @@ class Run:
             print(f"already complete: {workdir} has trained {self.steps} steps")
             return
         hosts.meet("all have seen what is in the workdir")
-        write_json(workdir / "config.json", to_json(config))
         if hosts.leads():
+            if (wrong := _read_config(workdir / CONFIG)[1]) and (workdir / CONFIG).exists():
+                set_aside(workdir / CONFIG, wrong)
+            write_json(workdir / CONFIG, to_json(config))
             (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
         hosts.see_what_the_first_wrote(workdir)
         self.mesh = make_mesh(**config.mesh)
@@ -126,9 +129,6 @@ class Run:
         )
         stages = [(step, step_of(*pair)) for step, *pair in [(0, draw, loss_fn), *later]]
         train_step = in_turn(stages, first) if later else stages[0][1]
-        hooks = [*hooks, (self.checkpoints.every, self.checkpoints.save)]
-        if self.checkpoints.minutes:
-            hooks.append((config.log.every, self.checkpoints.save_if_time))
         progress, batches = metrics.Progress(self.writer, self.steps, data.batch_size), batches or data
 
         def go_back(state):
@@ -138,6 +138,14 @@ class Run:
         examples_of = partial(batches.indexes, config.seed)
         size = (data.batch_size, self.steps_per_epoch)
         guard = Guard(self.workdir, first, examples_of, go_back, *size, **config.guard)
+
+        def keep(state, step, save=self.checkpoints.save):
+            if guard.keeps(state.params, step, step == self.steps):
+                save(state, step)
+
+        hooks = [*hooks, (self.checkpoints.every, keep)]
+        if self.checkpoints.minutes:
+            hooks.append((config.log.every, partial(keep, save=self.checkpoints.save_if_time)))
         examples = batches.shuffled(config.seed, first, batch_sharding(self.mesh))
         try:
             with hosts.failing_at_once():
@@ -227,13 +235,12 @@ def _begin_with(params: dict, state: State) -> State:
 
 def _compare_with_earlier_run(config: ConfigDict, workdir: Path, fixed: Sequence[str]) -> None:
     """Make sure that what is in `workdir` can go on as `config` says; print what is different but may be."""
-    path = workdir / "config.json"
-    if not steps_in(workdir / "checkpoints") or not path.exists():
+    before, path, wrong = earlier_config(workdir)
+    if path is None:
         return
-    try:
-        before, now = flatten(json.loads(path.read_text())), flatten(to_json(config))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable ({error}); copy that of the newest checkpoint over it") from error
+    if wrong:
+        print(f"{workdir / CONFIG}: {wrong}; compared with the config in {path} instead", flush=True)
+    before, now = flatten(before), flatten(to_json(config))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     told = {key: f"config.{key}: {before.get(key)} in {path}, now {now.get(key)}" for key in changed}
     refused = [
@@ -243,3 +250,37 @@ def _compare_with_earlier_run(config: ConfigDict, workdir: Path, fixed: Sequence
         raise ConfigError(refused)
     for line in told.values():
         print(f"changed: {line}")
+
+
+def earlier_config(workdir: Path) -> tuple[dict, Path | None, str]:
+    """The config of the run in `workdir`: of config.json, or where that is lost of the newest checkpoint that has one.
+
+    Returns:
+      It, and where it was found, {} and None where there are no checkpoints; and what is wrong with config.json.
+
+    Raises:
+      CheckpointError: there are checkpoints, but none has a config either.
+    """
+    steps = sorted(steps_in(workdir / "checkpoints"), reverse=True)
+    if not steps:
+        return {}, None, ""
+    config, wrong = _read_config(workdir / CONFIG)
+    if not wrong:
+        return config, workdir / CONFIG, ""
+    for step in steps:
+        path = workdir / "checkpoints" / str(step)
+        with contextlib.suppress(CheckpointError):  # a damaged one is set aside later
+            if isinstance(config := load_config(path), dict):
+                return config, path, wrong
+    raise CheckpointError(f"{workdir / CONFIG}: {wrong}, nor is that of any checkpoint; use a new --workdir")
+
+
+def _read_config(path: Path) -> tuple[dict, str]:
+    """What a config.json holds; and why that is nothing, if so."""
+    if not path.exists():
+        return {}, "not there"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"not readable ({in_short(error)})"
+    return (found, "") if isinstance(found, dict) else ({}, "not readable (no object)")

@@ -12,6 +12,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
+
 from mae_jax.errors import DataError, NumericsError
 from mae_jax.files import if_possible, write_lines
 from mae_jax.training import hosts, metrics
@@ -55,17 +59,18 @@ class Guard:
         unreadable: float = 0.1,
     ):
         self.path, self.examples_of, self.go_back, self.patience = workdir / SKIPPED, examples_of, go_back, patience
-        self.lines = [line for line in metrics.read(self.path) if line["step"] < first]
+        self.lines = [line for line in _lines(self.path) if line["step"] < first]
         self.in_row, self.went_back = 0, False
-        if self.path.exists():
+        if self.lines or self.path.exists():
             self._write()
         self.share, self.batch_size, self.epoch = unreadable, batch_size, epoch
         self.unreadable_path = workdir / UNREADABLE
-        before = [line for line in metrics.read(self.unreadable_path) if line["step"] < first]
+        before = [line for line in _lines(self.unreadable_path, "unreadable") if line["step"] < first]
         self.unreadable = sum(line["unreadable"] for line in before)
         self.recent = deque(line for line in before if line["step"] > first - epoch)
-        if hosts.leads() and self.unreadable_path.exists():
-            write_lines(self.unreadable_path, before)
+        if hosts.leads() and (before or self.unreadable_path.exists()):
+            with if_possible(self.unreadable_path):
+                write_lines(self.unreadable_path, before)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -102,6 +107,25 @@ class Guard:
         print(f"{why}: going on from the newest checkpoint, after these images", flush=True)
         return earlier
 
+    def keeps(self, params, step: int, last: bool) -> bool:
+        """Whether the state of `step`, with these parameters, is worth a checkpoint.
+
+        While steps are skipped none is but the last: the state stays the same and may be what spoils them, and new
+        checkpoints would push out those of before. Nor is one that a finite step has thrown out of all bounds.
+
+        Raises:
+          NumericsError: the last state is such a one.
+        """
+        if self.in_row and not last:
+            return False
+        if _in_bounds(params):
+            return True
+        what = f"the parameters of step {step} are not finite, or too large to compute with"
+        if last:
+            raise NumericsError(f"{what}; lower config.optim.base_learning_rate")
+        print(f"{what}: not saved", flush=True)
+        return False
+
     def _count(self, step: int, unreadable: int) -> None:
         """Take note of how many samples of `step` could not be read."""
         while self.recent and self.recent[0]["step"] <= step - self.epoch:
@@ -125,3 +149,14 @@ class Guard:
     def _write(self) -> None:
         with if_possible(self.path):
             write_lines(self.path, self.lines)
+
+
+def _lines(path: Path, *numbers: str) -> list[dict]:
+    """Those of a file of an earlier part of the run: on all hosts what the first one finds, which may set it aside."""
+    return hosts.of_first(lambda: metrics.recover(path, ("step", *numbers)))
+
+
+@jax.jit
+def _in_bounds(params) -> jax.Array:
+    """Whether squares of the parameters can be summed; asked only before saving, as each step has no time for it."""
+    return jnp.isfinite(optax.tree.norm(params))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from etils import epy
 
 from mae_jax.errors import in_short
-from mae_jax.files import if_possible, in_bucket, write_lines, write_picture
+from mae_jax.files import if_possible, in_bucket, read_lines, set_aside, write_lines, write_picture
 from mae_jax.training import hosts
 
 with epy.lazy_imports():
@@ -35,7 +35,7 @@ class Writer:
         self._file = self._tensorboard = None
         if not hosts.leads():
             return
-        kept = [line for line in read(self.path) if resume_step and line["step"] <= resume_step]
+        kept = [line for line in recover(self.path) if resume_step and line["step"] <= resume_step]
         write_lines(self.path, kept)
         self._there = {(line["step"], *sorted(line.keys() - {"step"})) for line in kept if line["step"] == resume_step}
         self._file = self.path.open("ab") if in_bucket(self.path) else self.path.open("ab", buffering=0)
@@ -93,11 +93,15 @@ class Writer:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; none if there is no file. A last line cut short by a crash is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    """The lines of a metrics.jsonl; none if there is no file. What is damaged is left out."""
+    return read_lines(path, ["step"])[0]
+
+
+def recover(path: Path, numbers: Sequence[str] = ("step",)) -> list[dict]:
+    """The lines of a file that is to be written anew with them. One that is damaged is kept aside, and that is told."""
+    lines, wrong = read_lines(path, numbers)
+    if wrong:
+        set_aside(path, wrong)
     return lines
 
 

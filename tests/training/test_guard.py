@@ -13,6 +13,7 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import DataError, NumericsError
 from mae_jax.jobs import pretrain
 from mae_jax.training import metrics, optim
+from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.guard import Guard
 from mae_jax.training.loop import USUAL, create_state, make_train_step
 from mae_jax.training.sharding import make_mesh
@@ -167,6 +168,26 @@ def test_a_run_goes_back_past_bad_data_once(poisoned, tmp_path, capsys, refused)
     assert (tmp_path / "twice" / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_nothing_is_saved_while_steps_are_skipped(poisoned, tmp_path, monkeypatch, capsys):
+    """Steps 3 to 6 are skipped: what is gone back to is the checkpoint of step 3."""
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state, step: saved.append(step) or save(self, state, step))
+    poisoned(3, 4, 5, 6)
+    often = ("--config.checkpoint.every=1", "--config.checkpoint.minutes=1e-9", "--config.checkpoint.keep=1")
+    assert training(tmp_path, *often, "--config.guard.patience=4", "--config.train.steps=8") == 0
+    assert "going on from the newest checkpoint" in capsys.readouterr().out
+    assert sorted({*saved}) == [1, 2, 3, 7, 8]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_parameters_out_of_all_bounds_are_not_saved(tmp_path, capsys, refused):
+    far = ("--config.optim.base_learning_rate=1e20", "--config.optim.warmup_epochs=0.0", "--config.checkpoint.every=1")
+    refused(capsys, training(tmp_path, *far), 5, "3 steps in a row", "no checkpoint to go back to")
+    refused(capsys, training(tmp_path, *far, "--config.train.steps=1"), 5, "the parameters of step 1 are not finite")
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
 def unread(guard, counts, first=0):
     """Look at steps with so many unreadable samples."""
     for step, count in enumerate(counts, first):
@@ -182,6 +203,19 @@ def test_samples_that_cannot_be_read_are_counted_and_written_down(tmp_path):
     assert again.totals["data/unreadable"] == 3, "a run that goes on from step 3 has not seen step 3"
     unread(again, [5, 1], first=3)
     assert [line["step"] for line in metrics.read(guard.unreadable_path)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"5", b'{"step": 1}'], ids=["binary", "5", "step"])
+def test_what_is_damaged_of_skipped_and_unreadable_is_kept_aside(damage, tmp_path, capsys):
+    (tmp_path / "skipped.jsonl").write_bytes(b'{"step": 0}\n' + damage.replace(b"step", b"stop") + b"\n")
+    (tmp_path / "unreadable.jsonl").write_bytes(b'{"step": 0, "unreadable": 2}\n' + damage + b"\n")
+    guard = guarded(tmp_path, first=2)
+    assert guard.totals == {"skipped": 1, "data/unreadable": 2}
+    told = capsys.readouterr().out.splitlines()
+    for name, line in zip(("skipped.jsonl", "unreadable.jsonl"), told, strict=True):
+        assert line.startswith(f"{tmp_path / name}: damaged in line 2; kept as ")
+        assert damage in (tmp_path / f"{name}.damaged").read_bytes().replace(b"stop", b"step")
+        assert len(metrics.read(tmp_path / name)) == 1
 
 
 def test_too_many_samples_that_cannot_be_read_end_the_run(tmp_path):

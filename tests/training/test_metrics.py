@@ -73,6 +73,31 @@ def test_a_last_line_cut_by_a_crash_is_dropped_and_nothing_is_glued_to_it(keep, 
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"\xff\xfe\x00\x81", b"5", b"[]", b"{}", b'{"step": "x"}', b'{"step": true}', b"[" * 200_000],
+    ids=range(7),
+)
+def test_a_damaged_line_is_told_and_kept_aside(damage, tmp_path, capsys):
+    written(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    for again in ("", ".1"):
+        path.write_bytes(path.read_bytes() + damage + b"\n")
+        before = path.read_bytes()
+        written(tmp_path, [3], resume_step=2)
+        assert steps_in(tmp_path) == [1, 2, 3]
+        assert (tmp_path / f"metrics.jsonl.damaged{again}").read_bytes() == before
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "damaged in line" in line and f"kept as {path}.damaged{again}, and gone on without" in line
+
+
+def test_metrics_that_cannot_be_read_are_kept_aside(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl" / "below").mkdir(parents=True)
+    written(tmp_path, [3], resume_step=2)
+    assert steps_in(tmp_path) == [3] and (tmp_path / "metrics.jsonl.damaged" / "below").is_dir()
+    assert "metrics.jsonl: not readable (Is a directory)" in capsys.readouterr().out
+
+
 def test_no_file_reads_as_no_lines(tmp_path):
     assert metrics.read(tmp_path / "metrics.jsonl") == []
 
