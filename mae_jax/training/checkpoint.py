@@ -150,7 +150,9 @@ class Checkpoints:
         if step and step not in self._orbax.all_steps():
             args = _contents(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
             self._saving, self._saved = step, time.monotonic()
-            self._error = _error_of(lambda: self._orbax.save(step, args=args, force=True))
+            self._error = hosts.of_first(lambda: _error_of(lambda: _try_folders(self._workdir / FOLDER)))
+            if not self._error:
+                self._error = _error_of(lambda: self._orbax.save(step, args=args, force=True))
 
     def _settle(self, patience: int) -> None:
         """Wait for the save that is under way, if one is, on all processes.
@@ -229,6 +231,22 @@ def _error_of(call: Callable[[], object]) -> str:
     except Exception as error:  # Orbax and TensorStore have many for a full disk
         return in_short(error)
     return ""
+
+
+def _try_folders(folder: Path) -> None:
+    """Make as many folders as a checkpoint needs in `folder`, and remove them.
+
+    Where that fails, as without room for names or without the right to, Orbax would not notice for five minutes: its
+    threads wait for one that makes folders and has died.
+    """
+    if in_bucket(folder):  # which has none
+        return
+    trial = folder / "0.orbax-checkpoint-tmp"  # swept away, if a kill leaves it
+    try:
+        for i in range(8 + 4 * jax.process_count()):
+            (trial / str(i)).mkdir(parents=True)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def _set_damaged_aside(workdir: Path) -> tuple[list[str], list[str]]:
