@@ -7,7 +7,7 @@ config.data names, which needs labels. Where config.init is empty, training begi
 trained is config.trainable: all; head; norms; or so many of the last blocks, 0.5 being the MLP of the last one.
 Writes into the workdir:
 
-    config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json    as pretrain does
+    config.json, metrics.jsonl, tensorboard/, checkpoints/, saved.json, summary.json    as pretrain does
     results.json                     what was evaluated, from which checkpoint, on how many images: top-1, top-5, ...
     confusion.png, curve.png         the same as pictures
 """

@@ -8,6 +8,7 @@ Reads the data set that config.data names. Writes into the workdir:
     metrics.jsonl         one JSON object a line: step, train/loss, eval/loss, ...; the same as tensorboard/
     reconstructions/      step_N.png: original, masked, reconstruction, reconstruction with visible patches pasted in
     checkpoints/STEP/     the train state, its config, and sums of their bytes
+    saved.json            that there has been a checkpoint: where all are gone nothing begins anew
     summary.json          at the end: final metrics, steps, images seen, wall time, device, versions
 
 The same command again goes on from the newest checkpoint, to the same result as a run that was never stopped.

@@ -5,7 +5,7 @@
 Reads the encoder of config.init, a workdir of any training job or one of its checkpoints, and the data set that
 config.data names, which needs labels. Writes into the workdir:
 
-    config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json    as pretrain does
+    config.json, metrics.jsonl, tensorboard/, checkpoints/, saved.json, summary.json    as pretrain does
     results.json                     what was evaluated, from which checkpoint, on how many images: top-1, top-5, ...
     confusion.png, curve.png         the same as pictures
 

@@ -5,6 +5,7 @@
     WORKDIR/checkpoints/STEP/config/config.json
     WORKDIR/checkpoints/STEP/manifest/...        sums of all that, see `integrity`
     WORKDIR/checkpoints/damaged/STEP             what was found damaged, kept
+    WORKDIR/saved.json                           that there has been a checkpoint
 
 The step is also the position in the data, so nothing else needs saving.
 """
@@ -26,12 +27,13 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from mae_jax.errors import CheckpointError, ConfigError, in_short
-from mae_jax.files import absolute, in_bucket, is_folder, to_path
+from mae_jax.files import absolute, if_possible, in_bucket, is_folder, to_path, write_json
 from mae_jax.training import hosts, integrity
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
 DAMAGED = "damaged"
+RECORD = "saved.json"  # in the workdir from the first checkpoint on: one whose checkpoints are gone is no new one
 PATIENCE = 3  # saves in a row that may fail, before a run does
 
 
@@ -54,7 +56,8 @@ class Checkpoints:
     removed, and training goes on, until `PATIENCE` of them have failed in a row.
 
     The newest one is verified first. If it is damaged it is moved to checkpoints/damaged/STEP, which is told in a line,
-    and so on until one is as it was written. All processes have to come here together.
+    and so on until one is as it was written. Where there have been checkpoints and none is left, nothing begins anew.
+    All processes have to come here together.
 
     Args:
       workdir: of the run.
@@ -66,7 +69,7 @@ class Checkpoints:
         0: not by time.
 
     Raises:
-      CheckpointError: there were checkpoints, but all are damaged; or the newest is of a newer format.
+      CheckpointError: there were checkpoints, but all are damaged or gone; or the newest is of a newer format.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Checkpoints:
         self.config, self.every, self.minutes = config, every, minutes
         self._saved = time.monotonic()
         hosts.meet("all have looked at the checkpoints, of which some may be moved now")
-        told, problems = hosts.of_first(lambda: _set_damaged_aside(workdir / FOLDER))
+        told, problems = hosts.of_first(lambda: _set_damaged_aside(workdir))
         for line in told:
             print(line, flush=True)
         if problems:
@@ -90,6 +93,8 @@ class Checkpoints:
         self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
         self._saving, self._error, self._failures = None, "", 0
         self._open()
+        if self.latest_step is not None:  # of an earlier version, or of a run killed before it said so
+            self._record(self.latest_step)
 
     def _open(self) -> None:
         """Have Orbax look at what is there, and sweep away what was not written to the end."""
@@ -101,6 +106,13 @@ class Checkpoints:
             preservation_policy=policy.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
+
+    def _record(self, step: int) -> None:
+        """Note that there has been a checkpoint, of `step`, unless that is noted."""
+        path = self._workdir / RECORD
+        if hosts.leads() and not path.exists():
+            with if_possible(path):
+                write_json(path, {"step": step})
 
     @property
     def latest_step(self) -> int | None:
@@ -138,7 +150,9 @@ class Checkpoints:
         if step and step not in self._orbax.all_steps():
             args = _contents(state=ocp.args.PyTreeSave(state), config=ocp.args.JsonSave(self.config))
             self._saving, self._saved = step, time.monotonic()
-            self._error = _error_of(lambda: self._orbax.save(step, args=args, force=True))
+            self._error = hosts.of_first(lambda: _error_of(lambda: _try_folders(self._workdir / FOLDER)))
+            if not self._error:
+                self._error = _error_of(lambda: self._orbax.save(step, args=args, force=True))
 
     def _settle(self, patience: int) -> None:
         """Wait for the save that is under way, if one is, on all processes.
@@ -148,10 +162,12 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        where, self._saving = absolute(self._workdir / FOLDER / str(self._saving)), None
+        step, self._saving = self._saving, None
+        where = absolute(self._workdir / FOLDER / str(step))
         reasons = hosts.gather(self._error or _error_of(self._orbax.wait_until_finished))
         if not any(reasons):
             self._failures = 0
+            self._record(step)
             return
         self._failures += 1
         _error_of(self._orbax.close)  # the same once more
@@ -217,13 +233,29 @@ def _error_of(call: Callable[[], object]) -> str:
     return ""
 
 
-def _set_damaged_aside(folder: Path) -> tuple[list[str], list[str]]:
+def _try_folders(folder: Path) -> None:
+    """Make as many folders as a checkpoint needs in `folder`, and remove them.
+
+    Where that fails, as without room for names or without the right to, Orbax would not notice for five minutes: its
+    threads wait for one that makes folders and has died.
+    """
+    if in_bucket(folder):  # which has none
+        return
+    trial = folder / "0.orbax-checkpoint-tmp"  # swept away, if a kill leaves it
+    try:
+        for i in range(8 + 4 * jax.process_count()):
+            (trial / str(i)).mkdir(parents=True)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def _set_damaged_aside(workdir: Path) -> tuple[list[str], list[str]]:
     """Move damaged checkpoints to `DAMAGED`, beginning with the newest, until one is as it was written.
 
     Returns:
       A line for each; and why there is nothing to go on with, if there should be.
     """
-    lines = []
+    folder, record, lines = workdir / FOLDER, workdir / RECORD, []
     aside = absolute(folder) / DAMAGED
     for step in sorted(numbers_in(folder), reverse=True):
         where = absolute(folder) / str(step)
@@ -241,8 +273,13 @@ def _set_damaged_aside(folder: Path) -> tuple[list[str], list[str]]:
         lines.append(f"damaged: {where}: {reason}; moved to {aside / name}")
     if aside.exists():
         return lines, [
-            f"{folder}: no checkpoint is left but damaged ones, in {aside}; use a new --workdir, or move them away to "
-            "train from the beginning"
+            f"{folder}: no checkpoint is left but damaged ones, in {aside}; use a new --workdir, or move them and "
+            f"{record} away to train from the beginning"
+        ]
+    if record.exists() or (workdir / "summary.json").exists():
+        return lines, [
+            f"{folder}: no checkpoint is left of the run that is in {workdir}; bring them back, use a new --workdir, "
+            f"or remove {workdir} to train from the beginning"
         ]
     return lines, []
 

@@ -29,7 +29,7 @@ def settings(*arguments, recipe="digits,tiny"):
 
 
 def test_fine_tuning_leaves_what_its_docstring_promises(tuned, pretrained, tools):
-    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "saved.json", "summary.json"}
     names |= {"results.json", "confusion.png", "curve.png"}
     assert {p.name for p in tuned.iterdir()} == names
     assert all(name in finetune.__doc__ for name in names)

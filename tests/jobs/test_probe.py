@@ -27,7 +27,7 @@ def cls_features(init, images):
 
 
 def test_a_probe_leaves_what_its_docstring_promises(probed, pretrained, tools):
-    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "saved.json", "summary.json"}
     names |= {"results.json", "confusion.png", "curve.png"}
     assert {p.name for p in probed.iterdir()} == names
     assert all(name in probe.__doc__ for name in names)

@@ -1,6 +1,9 @@
 """Checkpoints come back bit for bit, on any mesh, or not at all and with the reason."""
 
+import os
+import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import jax
@@ -413,6 +416,29 @@ def test_the_last_save_has_to_succeed(small_disk):
         checkpoints.close()
     assert caught.value.exit_code == 4 and len(caught.value.problems) == 1
     assert steps_in(workdir) == []
+
+
+@pytest.mark.parametrize("names", [2, 12, 24], ids="{}_names_left".format)
+def test_where_no_folder_can_be_made_a_save_fails_at_once(names, small_disk, capsys):
+    """And not when Orbax gives up, which is after five minutes."""
+    workdir = small_disk("4m,nr_inodes=100")
+    checkpoints = Checkpoints(workdir, CONFIG)
+    checkpoints.save(make_state(1, 1), 1)
+    checkpoints._settle(checkpoint.PATIENCE)
+    filling = workdir / "filling"
+    filling.mkdir()
+    for i in range(os.statvfs(workdir).f_favail - names):
+        (filling / str(i)).touch()
+    began = time.monotonic()
+    checkpoints.save(make_state(2, 2), 2)
+    checkpoints._settle(checkpoint.PATIENCE)
+    assert time.monotonic() - began < 30
+    assert re.search(r"checkpoints/2: not saved \(.*No space left.*\); training goes on", capsys.readouterr().out)
+    assert os.statvfs(workdir).f_favail == names, "nothing is left of it"
+    shutil.rmtree(filling)
+    checkpoints.save(make_state(3, 3), 3)
+    checkpoints.close()
+    assert steps_in(workdir) == [1, 3]
 
 
 def test_a_save_that_cannot_begin_is_told_and_the_next_is_tried(tmp_path, monkeypatch, capsys):

@@ -170,7 +170,35 @@ def test_where_none_is_whole_nothing_begins_anew(workdir, capsys):
             resume(workdir)
         assert caught.value.exit_code == 4
     shutil.move(workdir / "checkpoints" / "damaged", workdir / "elsewhere")
+    (workdir / "saved.json").unlink()
     assert resume(workdir) is None, "unless they are moved away"
+
+
+GONE = {
+    "deleted": lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
+    "elsewhere": lambda folder: folder.rename(folder.with_name("checkpoint")),
+    "renamed": lambda folder: [path.rename(f"{path}.bak") for path in list(folder.iterdir())],
+}
+
+
+@pytest.mark.parametrize("way", GONE)
+def test_where_all_are_gone_nothing_begins_anew(way, workdir):
+    GONE[way](workdir / "checkpoints")
+    before = bytes_of(workdir)
+    with pytest.raises(CheckpointError, match="run/checkpoints: no checkpoint is left of the run") as caught:
+        resume(workdir)
+    assert caught.value.exit_code == 4 and len(caught.value.problems) == 1
+    assert bytes_of(workdir) == before
+
+
+def test_a_workdir_of_an_earlier_version_is_known_by_its_checkpoints_or_its_summary(workdir):
+    (workdir / "saved.json").unlink()
+    resume(workdir)
+    assert (workdir / "saved.json").exists()
+    GONE["deleted"](workdir / "checkpoints")
+    (workdir / "saved.json").rename(workdir / "summary.json")
+    with pytest.raises(CheckpointError, match="no checkpoint is left of the run"):
+        resume(workdir)
 
 
 def rewrite(folder, **changes):
