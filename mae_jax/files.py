@@ -117,8 +117,7 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> str:
         if owner := _owner(file, ""):
             print(f"{path}: left behind by {owner}, which is gone; taken over", flush=True)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # once, however that ends
         os.fsync(file.fileno())  # for other hosts to read
     except OSError as error:
         return f"--workdir={workdir}: {path.name} cannot be written there ({error.strerror})"
@@ -178,14 +177,37 @@ def set_aside(path: Path, reason: str) -> None:
     print(f"{path}: {reason}; kept as {aside}, and gone on without", flush=True)
 
 
+@contextlib.contextmanager
+def needed(workdir: Path) -> Iterator[None]:
+    """Within it files are written that a run in `workdir` cannot do without.
+
+    Raises:
+      ConfigError: one cannot be, as there is no room for it.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        raise ConfigError(
+            f"--workdir={workdir}: {file}not written ({error.strerror or error}); make room, or see that it can be "
+            "written to, and run the same command again"
+        ) from error
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file, with the folders that it needs."""
     if not hosts.leads():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)  # which takes room that others need
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_json(path: Path, value) -> None:
