@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -210,14 +211,30 @@ def write(path: Path, data: bytes) -> None:
         raise
 
 
+def json_of(value, indent: int | None = None) -> str:
+    """`value` as JSON, which has no NaN and no infinity: they become null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value) -> None:
     """Write a JSON file."""
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
+    write(path, (json_of(value, indent=2) + "\n").encode())
 
 
 def write_lines(path: Path, lines: Iterable) -> None:
     """Write a file with a line of JSON for each of `lines`."""
-    write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write(path, "".join(json_of(line) + "\n" for line in lines).encode())
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

@@ -144,7 +144,8 @@ class Run:
 
         examples_of = partial(batches.indexes, config.seed)
         size = (data.batch_size, self.steps_per_epoch)
-        guard = Guard(self.workdir, first, examples_of, go_back, *size, **config.guard)
+        limits = {**config.guard, "patience": min(config.guard.patience, self.steps)}  # a run of nothing else fails too
+        guard = Guard(self.workdir, first, examples_of, go_back, *size, **limits)
 
         def keep(state, step, save=self.checkpoints.save):
             if guard.keeps(state.params, step, step == self.steps):

@@ -188,6 +188,14 @@ def test_parameters_out_of_all_bounds_are_not_saved(tmp_path, capsys, refused):
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_in_which_every_step_is_skipped_fails_however_short(tmp_path, capsys, refused):
+    noisy = ("--config.noise.std=3e38", "--config.train.steps=2", "--config.log.every=1")
+    refused(capsys, training(tmp_path, *noisy), 5, "2 steps in a row", "no checkpoint to go back to")
+    first = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert '"train/loss": null' in first
+
+
 def unread(guard, counts, first=0):
     """Look at steps with so many unreadable samples."""
     for step, count in enumerate(counts, first):
