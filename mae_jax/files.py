@@ -51,8 +51,12 @@ def path_of(flag: str, text: str) -> Path:
     """The path that a flag names.
 
     Raises:
-      ConfigError: there is no such user, or a bucket of a kind that cannot be used.
+      ConfigError: there is no such user, or a bucket of a kind that cannot be used; or its name is not UTF-8.
     """
+    try:
+        os.path.abspath(text).encode()
+    except UnicodeEncodeError:  # Python takes such names; TensorFlow and TensorStore, which write there, do not
+        raise ConfigError(f"--{flag}={ascii(text)[1:-1]}: not UTF-8; use another name") from None
     if in_bucket(text) and not text.startswith("gs://"):
         raise ConfigError(f"--{flag}={text}: of buckets only gs://... can be used; or name a folder")
     path = to_path(text)
@@ -105,7 +109,8 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> str:
     path = workdir / "lock"
     try:
         while True:
-            file = held.enter_context(path.open("a+"))
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+            file = held.enter_context(os.fdopen(number, "a+", errors="replace"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -121,6 +126,8 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> str:
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # once, however that ends
         os.fsync(file.fileno())  # for other hosts to read
     except OSError as error:
+        if path.is_symlink():
+            return f"--workdir={workdir}: {path.name} is a link, and what it leads to is not written to; remove it"
         return f"--workdir={workdir}: {path.name} cannot be written there ({error.strerror})"
     held.callback(lambda: path.unlink() if _is_at(file, path) else None)
     return ""
