@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,8 +51,12 @@ def path_of(flag: str, text: str) -> Path:
     """The path that a flag names.
 
     Raises:
-      ConfigError: there is no such user, or a bucket of a kind that cannot be used.
+      ConfigError: there is no such user, or a bucket of a kind that cannot be used; or its name is not UTF-8.
     """
+    try:
+        os.path.abspath(text).encode()
+    except UnicodeEncodeError:  # Python takes such names; TensorFlow and TensorStore, which write there, do not
+        raise ConfigError(f"--{flag}={ascii(text)[1:-1]}: not UTF-8; use another name") from None
     if in_bucket(text) and not text.startswith("gs://"):
         raise ConfigError(f"--{flag}={text}: of buckets only gs://... can be used; or name a folder")
     path = to_path(text)
@@ -104,7 +109,8 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> str:
     path = workdir / "lock"
     try:
         while True:
-            file = held.enter_context(path.open("a+"))
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+            file = held.enter_context(os.fdopen(number, "a+", errors="replace"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -117,10 +123,11 @@ def _lock(workdir: Path, held: contextlib.ExitStack) -> str:
         if owner := _owner(file, ""):
             print(f"{path}: left behind by {owner}, which is gone; taken over", flush=True)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # once, however that ends
         os.fsync(file.fileno())  # for other hosts to read
     except OSError as error:
+        if path.is_symlink():
+            return f"--workdir={workdir}: {path.name} is a link, and what it leads to is not written to; remove it"
         return f"--workdir={workdir}: {path.name} cannot be written there ({error.strerror})"
     held.callback(lambda: path.unlink() if _is_at(file, path) else None)
     return ""
@@ -178,24 +185,63 @@ def set_aside(path: Path, reason: str) -> None:
     print(f"{path}: {reason}; kept as {aside}, and gone on without", flush=True)
 
 
+@contextlib.contextmanager
+def needed(workdir: Path) -> Iterator[None]:
+    """Within it files are written that a run in `workdir` cannot do without.
+
+    Raises:
+      ConfigError: one cannot be, as there is no room for it.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        raise ConfigError(
+            f"--workdir={workdir}: {file}not written ({error.strerror or error}); make room, or see that it can be "
+            "written to, and run the same command again"
+        ) from error
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file, with the folders that it needs."""
     if not hosts.leads():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)  # which takes room that others need
+        error.filename = error.filename or str(path)
+        raise
+
+
+def json_of(value, indent: int | None = None) -> str:
+    """`value` as JSON, which has no NaN and no infinity: they become null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file."""
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
+    write(path, (json_of(value, indent=2) + "\n").encode())
 
 
 def write_lines(path: Path, lines: Iterable) -> None:
     """Write a file with a line of JSON for each of `lines`."""
-    write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write(path, "".join(json_of(line) + "\n" for line in lines).encode())
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

@@ -123,7 +123,10 @@ def test_what_a_flag_names(text, path):
     assert str(path_of("workdir", text)) == str(path)
 
 
-@pytest.mark.parametrize(("text", "told"), [("~nobody_here/a", "no such user"), ("s3://a/b", "only gs://")])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("~nobody_here/a", "no such user"), ("s3://a/b", "only gs://"), ("a/\udcff", r"=a/\\udcff: not UTF-8")],
+)
 def test_what_a_flag_cannot_name(text, told):
     with pytest.raises(ConfigError, match=told):
         path_of("workdir", text)
@@ -184,6 +187,23 @@ def test_a_lock_that_is_removed_by_hand_locks_no_more_and_is_not_anothers_to_rem
             (tmp_path / "lock").rename(tmp_path / "away")
             (tmp_path / "lock").write_text("of a third")
     assert (tmp_path / "lock").read_text() == "of a third"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(there, tmp_path):
+    if there:
+        (tmp_path / "mine").write_text("mine")
+    (tmp_path / "lock").symlink_to("mine")
+    with pytest.raises(ConfigError, match="lock is a link"), alone_in(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine" if there else not (tmp_path / "mine").exists()
+
+
+def test_a_lock_that_is_no_text_is_taken_over(tmp_path, capsys):
+    (tmp_path / "lock").write_bytes(b"\xff\xfe\x00")
+    with alone_in(tmp_path):
+        assert (tmp_path / "lock").read_text().startswith("process ")
+    assert "left behind by" in capsys.readouterr().out
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):

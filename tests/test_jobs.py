@@ -443,6 +443,31 @@ def test_a_run_stopped_after_its_last_checkpoint_still_ends_as_promised(trained,
         (workdir / "summary.json").unlink()
 
 
+@pytest.mark.parametrize(("free", "told"), [(0, "lock"), (4096, "config.json"), (16384, "are free there")])
+def test_a_disk_that_is_full_at_the_start_is_one_line(free, told, small_disk, refused, capsys):
+    disk = small_disk(10_000_000)
+    (disk / "filling").write_bytes(bytes(shutil.disk_usage(disk).free - free))
+    refused(capsys, pretraining(disk, *SHORT), 2, f"--workdir={disk}: ")[0].index(told)
+    assert not list(disk.glob("*.tmp"))
+
+
+def test_a_disk_that_has_no_room_for_the_summary_is_one_line(trained, small_disk, refused, monkeypatch, capsys):
+    disk, summarize = small_disk(10_000_000), Run._summarize
+    shutil.copytree(trained, disk, dirs_exist_ok=True)
+    (disk / "summary.json").unlink()
+
+    def summarize_on_a_full_disk(run):
+        (disk / "filling").write_bytes(bytes(shutil.disk_usage(disk).free))
+        summarize(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_summarize", summarize_on_a_full_disk)
+        refused(capsys, pretraining(disk, *SHORT), 2, f"--workdir={disk}: {disk}/summary.json: not written (No space")
+    (disk / "filling").unlink()
+    assert pretraining(disk, *SHORT) == 0
+    assert_same_run(disk, trained)
+
+
 DAMAGES = {
     "cut": b"{",
     "list": b"[1]",

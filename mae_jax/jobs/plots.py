@@ -30,7 +30,7 @@ def curves(path: Path, lines: Sequence[dict]) -> None:
     for axes, (title, shown) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         for name in shown:
             points = [(line["step"], line[name]) for line in lines if name in line]
-            steps, values = np.array(points).T
+            steps, values = np.array(points, float).T  # null was no number, and is drawn as none
             scale = 100 if "accuracy" in title else 1
             axes.plot(steps, values * scale, ".-" if len(points) < 40 else "-", label=name)
         axes.set(xlabel="step", ylabel=title)

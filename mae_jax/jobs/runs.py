@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from mae_jax.config import flatten, to_json
 from mae_jax.data.pipeline import Dataset
 from mae_jax.errors import CheckpointError, ConfigError, in_short
-from mae_jax.files import set_aside, write_json
+from mae_jax.files import needed, set_aside, write_json
 from mae_jax.training import hosts, metrics, optim
 from mae_jax.training.checkpoint import CONFIG, Checkpoints, load_config, steps_in
 from mae_jax.training.guard import Guard
@@ -60,7 +60,8 @@ class Run:
         self.steps_per_epoch = data.opened.size // data.batch_size
         self.steps = total_steps(self.steps_per_epoch, **config.train)
         _compare_with_earlier_run(config, workdir, fixed)
-        self.checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
+        with needed(workdir):
+            self.checkpoints = Checkpoints(workdir, to_json(config), **config.checkpoint)
         hosts.agree(
             {f"the newest checkpoint in {workdir}": self.checkpoints.latest_step}
             | {"the number of training images": data.opened.size}
@@ -75,16 +76,18 @@ class Run:
             print(f"already complete: {workdir} has trained {self.steps} steps")
             return
         hosts.meet("all have seen what is in the workdir")
-        if hosts.leads():
-            if (wrong := _read_config(workdir / CONFIG)[1]) and (workdir / CONFIG).exists():
-                set_aside(workdir / CONFIG, wrong)
-            write_json(workdir / CONFIG, to_json(config))
-            (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
+        with needed(workdir):
+            if hosts.leads():
+                if (wrong := _read_config(workdir / CONFIG)[1]) and (workdir / CONFIG).exists():
+                    set_aside(workdir / CONFIG, wrong)
+                write_json(workdir / CONFIG, to_json(config))
+                (workdir / "summary.json").unlink(missing_ok=True)  # of a shorter run, now made longer
         hosts.see_what_the_first_wrote(workdir)
         self.mesh = make_mesh(**config.mesh)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
         self.last_look = {}
-        self.writer = metrics.Writer(workdir, self.checkpoints.latest_step or 0)
+        with needed(workdir):
+            self.writer = metrics.Writer(workdir, self.checkpoints.latest_step or 0)
 
     def train(
         self,
@@ -114,7 +117,11 @@ class Run:
         config, data = self.config, self.data
         lengths, keys = (self.steps, self.steps_per_epoch), (self.init_key, self.train_key)
         step_of, abstract, new_state = set_up(config, self.mesh, *lengths, *keys, init, trained, layer_of, exempt, ema)
-        self.checkpoints.make_sure_of_space(abstract, self.steps)
+        try:
+            self.checkpoints.make_sure_of_space(abstract, self.steps)
+        except ConfigError:
+            self.writer.close()
+            raise
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
         if self.checkpoints.latest_step is None:
             state = _begin_with(start or {}, new_state())
@@ -137,7 +144,8 @@ class Run:
 
         examples_of = partial(batches.indexes, config.seed)
         size = (data.batch_size, self.steps_per_epoch)
-        guard = Guard(self.workdir, first, examples_of, go_back, *size, **config.guard)
+        limits = {**config.guard, "patience": min(config.guard.patience, self.steps)}  # a run of nothing else fails too
+        guard = Guard(self.workdir, first, examples_of, go_back, *size, **limits)
 
         def keep(state, step, save=self.checkpoints.save):
             if guard.keeps(state.params, step, step == self.steps):
@@ -179,7 +187,8 @@ class Run:
             "versions": {name: version(name) for name in ("mae_jax", "jax", "flax", "optax", "orbax-checkpoint")},
             "metrics": self.final_metrics,
         }
-        write_json(self.workdir / "summary.json", summary)
+        with needed(self.workdir):
+            write_json(self.workdir / "summary.json", summary)
         where = self.workdir
         print(f"metrics     {where}/metrics.jsonl, {where}/summary.json; tensorboard --logdir {where}")
         print(f"checkpoint  {where}/checkpoints/{self.steps}")

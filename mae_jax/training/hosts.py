@@ -321,7 +321,7 @@ def see_what_the_first_wrote(workdir: Path) -> None:
 class Signals:
     """Within it, SIGTERM and Ctrl-C are noted instead of obeyed.
 
-    A second one acts as usual; but of several processes only Ctrl-C does, as SIGTERM is JAX's there.
+    A second one, of either kind, acts as usual; but of several processes only Ctrl-C does, as SIGTERM is JAX's there.
     """
 
     def __enter__(self):
@@ -334,7 +334,8 @@ class Signals:
 
     def _note(self, signum, frame):
         self.received = signum
-        signal.signal(signum, self.before[signum])
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
         if self.several:
             signal.raise_signal(signal.SIGTERM)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from etils import epy
 
 from mae_jax.errors import in_short
-from mae_jax.files import if_possible, in_bucket, read_lines, set_aside, write_lines, write_picture
+from mae_jax.files import if_possible, in_bucket, json_of, read_lines, set_aside, write_lines, write_picture
 from mae_jax.training import hosts
 
 with epy.lazy_imports():
@@ -48,7 +47,7 @@ class Writer:
         if self._file is None or (step, *sorted(scalars)) in self._there:
             return
         numbers = {name: float(value) for name, value in scalars.items()}
-        self._waiting += (json.dumps({"step": step, **numbers}) + "\n").encode()
+        self._waiting += (json_of({"step": step, **numbers}) + "\n").encode()
         self._write()
         with self._as_long_as_it_works():
             self._tensorboard and self._tensorboard.write_scalars(step, numbers)

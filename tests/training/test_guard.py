@@ -184,8 +184,17 @@ def test_nothing_is_saved_while_steps_are_skipped(poisoned, tmp_path, monkeypatc
 def test_parameters_out_of_all_bounds_are_not_saved(tmp_path, capsys, refused):
     far = ("--config.optim.base_learning_rate=1e20", "--config.optim.warmup_epochs=0.0", "--config.checkpoint.every=1")
     refused(capsys, training(tmp_path, *far), 5, "3 steps in a row", "no checkpoint to go back to")
-    refused(capsys, training(tmp_path, *far, "--config.train.steps=1"), 5, "the parameters of step 1 are not finite")
     assert not any((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(NumericsError, match="parameters of step 1 are not finite"):
+        guarded(tmp_path).keeps({"kernel": jnp.full((2, 3), 3e19)}, 1, last=True)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_in_which_every_step_is_skipped_fails_however_short(tmp_path, capsys, refused):
+    noisy = ("--config.noise.std=3e38", "--config.train.steps=2", "--config.log.every=1")
+    refused(capsys, training(tmp_path, *noisy), 5, "2 steps in a row", "no checkpoint to go back to")
+    first = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert '"train/loss": null' in first
 
 
 def unread(guard, counts, first=0):

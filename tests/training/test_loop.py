@@ -189,14 +189,15 @@ def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(handlers):
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_a_second_signal_acts_as_it_would_without_the_loop(signum, handlers):
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_second_signal_acts_as_it_would_without_the_loop(first, signum, handlers):
     def impatient(*_):
         raise RuntimeError("at once")
 
     signal.signal(signum, impatient)
 
     def twice():
-        signal.raise_signal(signum)
+        signal.raise_signal(first)
         signal.raise_signal(signum)
 
     run = Run(on_batch=at(1, twice))

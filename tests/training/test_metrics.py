@@ -10,6 +10,7 @@ import pytest
 from clu import metric_writers
 from PIL import Image
 
+from mae_jax.files import write_json
 from mae_jax.training import metrics
 
 
@@ -38,6 +39,16 @@ def test_numbers_survive_to_the_last_bit(tmp_path):
     assert np.float32(line["loss"]) == loss
     assert np.float32(line["big"]) == np.float32(1e38)
     assert np.float32(line["small"]) == np.float32(1e-45) > 0
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": NaN}\n')
+    written(tmp_path, [2], resume_step=1, norm=np.float32(np.inf))
+    write_json(tmp_path / "summary.json", {"metrics": {"a": [float("-inf"), 1.0]}})
+    text = (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "summary.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert [line.get("norm", line["train/loss"]) for line in metrics.read(tmp_path / "metrics.jsonl")] == [None, None]
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"metrics": {"a": [None, 1.0]}}
 
 
 def test_lines_are_on_disk_before_the_writer_is_closed(tmp_path):
