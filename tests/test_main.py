@@ -89,7 +89,7 @@ MISTAKES = {
     "unknown target": (f"{DIGITS} --config.target.name=pixles", ["config.target.name", "did you mean pixels?"]),
     "size of pixels": (f"{DIGITS} --config.target.size=3", ["config.target.size", "pixels has no size"]),
     "size 0": (f"{DIGITS} --config.target.name=tokens --config.target.size=0", ["config.target.size: 0 is below 1"]),
-    "components": (f"{DIGITS} --config.target.name=pca", ["config.target.size: 96, the default", "the 4 values"]),
+    "components": (f"{DIGITS} --config.target.name=pca", ["config.target.size: 96, the default", "the 4 here"]),
     "tokens": (
         f"{DIGITS} --config.target.name=tokens --config.target.size=30000",
         ["config.target.size: 30000", "23008"],
@@ -267,9 +267,9 @@ MISTAKES = {
             (
                 "target.size",
                 f"{10**12} --config.target.name=tokens",
-                "target.size: 1000000000000 is below 1, or",
+                "config.target.size: 1000000000000 is above",
             ),
-            ("target.size", f"{10**12} --config.target.name=pca", "or above 65536, the patches that it is fitted to"),
+            ("target.size", f"{10**12} --config.target.name=pca", "target.size: 1000000000000 is above 65536"),
             ("seed", -(10**400), "config.seed: a number of 1329 bits"),
             ("data.split", f"train[:{'9' * 5000}]", "config.data: no split 'train[:99"),
         )

@@ -18,6 +18,7 @@ from mae_jax.training.sharding import mesh_shape
 
 MOST_BLOCKS = 256  # each is traced and compiled by itself; published ViTs have up to 64
 MOST_PARAMETERS = 2**40  # fifty times the largest ViT there is
+MOST_SIZE = fitting.IMAGES * fitting.PATCHES  # of a target: what is fitted is to so many patches at most
 DTYPES = ("float32", "bfloat16")  # what config.dtype may be
 
 
@@ -88,17 +89,21 @@ def decoder_problems(config: ConfigDict) -> list[str]:
 def target_problems(config: ConfigDict) -> list[str]:
     """What is wrong with what is predicted of a patch and how that is judged, one line each."""
     name, size, values = config.target.name, config.target.size, models.patch_values(config)
-    target, problems = targets.make(config.encoder.patch_size, name=name, size=size), []
-    if name == "normalized_pixels" and values < 2:
-        problems.append("config.target.name: normalized_pixels needs more than one value in a patch; use pixels")
-    if size is not None and not target.fit:
+    possible = size is None or 1 <= size <= MOST_SIZE
+    target, problems = targets.make(config.encoder.patch_size, name=name, size=size if possible else None), []
+    if size is not None and target.size is None:
         problems.append(f"config.target.size: {name} has no size; leave it out")
-    elif size is not None and not 1 <= size <= fitting.IMAGES * fitting.PATCHES:
-        most = f"{fitting.IMAGES * fitting.PATCHES}, the patches that it is fitted to"
-        problems.append(f"config.target.size: {size} is below 1, or above {most}")
-    elif name == "pca" and len(target.unfitted(values)["components"]) > values:
-        told = "96, the default," if size is None else size
-        problems.append(f"config.target.size: {told} is more than the {values} values of a patch have components")
+    elif not possible:
+        wrong = "below 1" if size < 1 else f"above {MOST_SIZE}"
+        problems.append(f"config.target.size: {size} is {wrong}")
+    elif size is not None and target.size != size:
+        problems.append(f"config.target.size: {name} is of {target.size}, not {size}; leave it out")
+    elif target.least > values:
+        told = f"{target.size}, the default," if size is None else size
+        key, what = ("name", name) if target.size is None else ("size", told)
+        problems.append(
+            f"config.target.{key}: {what} needs {target.least} values in a patch, more than the {values} here"
+        )
     loss = config.loss.name
     if loss in losses.LOSSES and not losses.fits(loss, target.loss):
         fitting_ones = ", ".join(other for other in losses.LOSSES if losses.fits(other, target.loss))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,26 +39,39 @@ def _difference(pred: jax.Array, target: jax.Array) -> jax.Array:
     return pred.astype(jnp.float32) - target.astype(jnp.float32)
 
 
-# A loss is `f(predictions [N,M,T], what was encoded) -> f32[N]`. Tokens have numbers in place of values, and a loss of
-# their own.
-LOSSES = {"l2": mse, "l1": l1, "smooth_l1": smooth_l1, "cross_entropy": token_cross_entropy}
+class Loss(NamedTuple):
+    """A row of `LOSSES`: a function, and what it is for."""
+
+    # predictions [N,M,T], what was encoded -> f32[N]
+    of: Callable[[jax.Array, jax.Array], jax.Array]
+    # whether that is the numbers of tokens i32[N,M,1], and predictions are their logits; else values f32[N,M,T]
+    tokens: bool = False
+
+
+# One of one's own is a row more: `LOSSES["mine"] = Loss(f)`, or `Loss(f, tokens=True)`.
+LOSSES = {
+    "l2": Loss(mse),
+    "l1": Loss(l1),
+    "smooth_l1": Loss(smooth_l1),
+    "cross_entropy": Loss(token_cross_entropy, tokens=True),
+}
 PATCHES = ("hidden", "all")
 
 
 def fits(name: str, default: str) -> bool:
     """Whether the loss `name` is for targets whose own loss is `default`."""
-    return (name == "cross_entropy") == (default == "cross_entropy")
+    return LOSSES[name].tokens == LOSSES[default].tokens
 
 
 def make(default: str, *, name: str = "", patches: str = "hidden") -> tuple[Callable, bool]:
-    """The loss, a value of `LOSSES`, and whether it is of every patch.
+    """The loss, the function of a row of `LOSSES`, and whether it is of every patch.
 
     Args:
       default: the row of `LOSSES` that the target brings.
       name: another row; empty: the target's.
       patches: of the "hidden" patches, or of "all" (paper, section 3: half a percent worse).
     """
-    return LOSSES[name or default], patches == "all"
+    return LOSSES[name or default].of, patches == "all"
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

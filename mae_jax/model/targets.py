@@ -46,6 +46,10 @@ class Target(NamedTuple):
     fit: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
     # P*P*C -> zeros in its place
     unfitted: Callable[[int], dict[str, np.ndarray]] = nothing
+    # how many it is of, such as tokens; None: nothing that config.target.size could say
+    size: int | None = None
+    # how many values, P*P*C, a patch must have
+    least: int = 1
 
 
 def pixels(patch_size: int, size: int | None = None) -> Target:
@@ -77,7 +81,7 @@ def normalized_pixels(patch_size: int, size: int | None = None) -> Target:
         _, mean, deviation = statistics(images)
         return unpatchify(pred * deviation + mean, patch_size, images.shape[1:3])
 
-    return Target(encode, decode)
+    return Target(encode, decode, least=2)  # of one value there is no unbiased variance
 
 
 def pca(patch_size: int, size: int | None = None) -> Target:
@@ -101,7 +105,7 @@ def pca(patch_size: int, size: int | None = None) -> Target:
     def unfitted(values):
         return {"mean": np.zeros(values, np.float32), "components": np.zeros((size, values), np.float32)}
 
-    return Target(encode, decode, fit=fit, unfitted=unfitted)
+    return Target(encode, decode, fit=fit, unfitted=unfitted, size=size, least=size)
 
 
 def tokens(patch_size: int, size: int | None = None) -> Target:
@@ -146,7 +150,7 @@ def tokenized(tokenize: Callable[..., jax.Array], size: int, decode: Callable[..
     def prediction(mean, count):
         return jnp.log((mean * count + 1) / (count + size))  # what was never seen may come yet (Laplace)
 
-    return Target(lambda *args: tokenize(*args)[..., None], decode, "cross_entropy", values, prediction)
+    return Target(lambda *args: tokenize(*args)[..., None], decode, "cross_entropy", values, prediction, size=size)
 
 
 def histograms(patch_size: int, size: int | None = None) -> Target:
@@ -179,7 +183,7 @@ def make(patch_size: int, *, name: str, size: int | None = None) -> Target:
 
     Args:
       name: a row of `TARGETS`.
-      size: of what is fitted: how many components of `pca`, how many `tokens`; None: 96 and 512.
+      size: how many components of `pca`, how many `tokens`; None: 96 and 512.
     """
     return TARGETS[name](patch_size, size)
 

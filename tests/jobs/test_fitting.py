@@ -13,7 +13,9 @@ from mae_jax.config import complete, load
 from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import digits
 from mae_jax.jobs import fitting, models, pretrain
-from mae_jax.model.losses import PATCHES
+from mae_jax.model.layers import BLOCKS
+from mae_jax.model.losses import LOSSES, PATCHES, fits
+from mae_jax.model.mae import Decoder
 from mae_jax.model.masking import SAMPLERS
 from mae_jax.model.patches import normalize, patchify
 from mae_jax.model.positions import POSITIONS
@@ -31,7 +33,7 @@ def pretraining(workdir, *arguments):
 
 def of_a_size(name):
     """The settings of a target, for patches of four values."""
-    return [f"--config.target.name={name}"] + ["--config.target.size=3"] * bool(make(2, name=name).fit)
+    return [f"--config.target.name={name}"] + ["--config.target.size=3"] * (make(2, name=name).size is not None)
 
 
 def fitted(*overrides):
@@ -114,11 +116,16 @@ CHOICES |= {
     for name in TARGETS
     for patches in PATCHES
 }
-CHOICES |= {f"loss {name}": [f"--config.loss.name={name}"] for name in ("l1", "smooth_l1")}
+OWN = {make(2, name=name).loss: name for name in reversed(TARGETS)}  # a target whose own loss it is
+CHOICES |= {
+    f"loss {name}": [f"--config.loss.name={name}", *of_a_size(next(OWN[own] for own in OWN if fits(name, own)))]
+    for name in LOSSES
+    if name not in OWN
+}
 CHOICES |= {f"positions {kind}": [f"--config.encoder.positions={kind}"] for kind in POSITIONS}
 CHOICES |= {f"decoder positions {kind}": [f"--config.decoder.positions={kind}"] for kind in POSITIONS if kind != "none"}
 CHOICES |= {
-    "cross": ["--config.decoder.kind=cross"],
+    **{f"decoder {kind}": [f"--config.decoder.kind={kind}"] for kind in BLOCKS if kind != Decoder.kind},
     "a quarter decoded": ["--config.decoder.kind=cross", "--config.mask.decoded=0.25"],
     "half decoded, guided": ["--config.mask.decoded=0.5", "--config.mask.name=most_attended"],
     "mask tokens in the encoder": ["--config.decoder.mask_tokens=encoder"],

@@ -48,7 +48,7 @@ def test_losses_and_their_gradients_are_those_of_pytorch(name):
     x = torch.tensor(pred, requires_grad=True)
     expected = theirs(x).flatten(1).mean(dim=1)
     expected.sum().backward()
-    got, pull = jax.vjp(lambda x: losses.LOSSES[name](x, jnp.asarray(want)), jnp.asarray(pred))
+    got, pull = jax.vjp(lambda x: losses.LOSSES[name].of(x, jnp.asarray(want)), jnp.asarray(pred))
     np.testing.assert_allclose(got, expected.detach(), rtol=1e-6)
     np.testing.assert_allclose(pull(jnp.ones(2))[0], x.grad, rtol=0, atol=1e-6)
 

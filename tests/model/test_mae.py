@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mae_jax.model import losses, masking, targets
+from mae_jax.model.layers import BLOCKS
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.masking import Mask
 from mae_jax.model.positions import sincos_positions
@@ -108,8 +109,7 @@ def test_loss_and_gradients_are_the_same_on_1_and_8_devices(golden):
 
 DECODERS = {  # but for its target and width
     "one block": {"depth": 1},
-    "two blocks": {"depth": 2},
-    "cross": {"depth": 2, "kind": "cross"},
+    **{kind: {"depth": 2, "kind": kind} for kind in BLOCKS},
     "mask tokens in the encoder": {"depth": 2, "mask_tokens": "encoder"},
     "linear head": {"depth": 0, "mask_tokens": "encoder"},
 }

@@ -112,11 +112,19 @@ def test_each_sample_is_encoded_by_itself_and_the_same_on_8_devices(name):
     np.testing.assert_allclose(split, encoded, rtol=0, atol=1e-6)
 
 
-@every_target
-def test_every_loss_that_fits_is_of_each_sample_and_teaches(name):
+OWN = {name: targets.make(4, name=name).loss for name in TARGETS}  # each target with its own loss ...
+# ... and each loss with a target that it fits
+PAIRS = [*OWN.items()] + [
+    (next(name for name, own in OWN.items() if losses.fits(loss, own)), loss)
+    for loss in LOSSES
+    if loss not in OWN.values()
+]
+
+
+@pytest.mark.parametrize(("name", "loss"), PAIRS)
+def test_every_loss_is_of_each_sample_and_teaches(name, loss):
     (target, fitted), images = target_for(name, 4, 3), random_images((3, 8, 12, 3))
-    fitting = {name: loss for name, loss in LOSSES.items() if losses.fits(name, target.loss)}
-    assert target.loss in fitting
+    loss, _ = losses.make(target.loss, name=loss)
 
     @jax.jit
     def look(images, noise):
@@ -124,22 +132,19 @@ def test_every_loss_that_fits_is_of_each_sample_and_teaches(name):
         values = target.values(want)
         pred = jax.random.normal(noise, values.shape)
         guess = jnp.broadcast_to(target.prediction(values.mean(axis=0), 3), pred.shape)
-        found = {}
-        for name, loss in fitting.items():
-            value, pull = jax.vjp(lambda pred: loss(pred, want), pred)  # noqa: B023
-            half = loss(pred.astype(jnp.bfloat16), want)
-            step = pred - 1e-2 * jnp.sign(pull(jnp.ones(3))[0])
-            some = pull(jnp.array([1.0, 0.0, 1.0]))[0]
-            found[name] = (value, half, some, loss(step, want), loss(perfect(target, want), want), loss(guess, want))
-        return found
+        value, pull = jax.vjp(lambda pred: loss(pred, want), pred)
+        half = loss(pred.astype(jnp.bfloat16), want)
+        step = pred - 1e-2 * jnp.sign(pull(jnp.ones(3))[0])
+        some = pull(jnp.array([1.0, 0.0, 1.0]))[0]
+        return value, half, some, loss(step, want), loss(perfect(target, want), want), loss(guess, want)
 
-    for value, half, gradient, after_a_step, of_the_right_one, of_a_guess in look(images, jax.random.key(0)).values():
-        assert value.shape == (3,)
-        assert value.dtype == half.dtype == jnp.float32
-        assert np.isfinite(gradient).all() and np.isfinite(of_a_guess).all()
-        assert np.abs(gradient[0]).max() > 0 and not gradient[1].any()
-        assert (after_a_step < value).all()
-        assert (of_the_right_one < 1e-4).all()
+    value, half, gradient, after_a_step, of_the_right_one, of_a_guess = look(images, jax.random.key(0))
+    assert value.shape == (3,)
+    assert value.dtype == half.dtype == jnp.float32
+    assert np.isfinite(gradient).all() and np.isfinite(of_a_guess).all()
+    assert np.abs(gradient[0]).max() > 0 and not gradient[1].any()
+    assert (after_a_step < value).all()
+    assert (of_the_right_one < 1e-4).all()
 
 
 def test_a_loss_is_the_target_s_own_on_hidden_patches_unless_a_config_says_otherwise():
@@ -220,6 +225,35 @@ def test_a_tokenizer_of_one_s_own_is_a_row(monkeypatch):
     drawn, _ = jax.eval_shape(panels.make_panels(model, target, config), params, batch["image"], examples["mask"], seen)
     assert drawn.shape == (2, 2, 8, 8, 1), "without a way back there is no reconstruction to be seen"
     assert panels.sheet(np.zeros(drawn.shape, np.uint8)).shape[1] == 4 + 2 * (112 + 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("target.name=mine target.size=16", ""),
+        ("target.name=mine target.size=0", "config.target.size: 0 is below 1"),
+        ("target.name=mine loss.name=smoothed", ""),
+        ("target.name=mine loss.name=l1", "l1 is not for the target mine; use cross_entropy, smoothed, or"),
+        ("target.name=of_eight target.size=8", ""),
+        ("target.name=of_eight target.size=16", "config.target.size: of_eight is of 8, not 16; leave it out"),
+        ("target.name=large", "config.target.name: large needs 5 values in a patch, more than the 4 here"),
+        ("target.name=tokens target.size=16 loss.name=smoothed", ""),
+        ("loss.name=smoothed", "smoothed is not for the target pixels; use l2, l1, smooth_l1, or"),
+    ],
+)
+def test_rows_of_one_s_own_say_for_themselves_what_fits_them(settings, words, monkeypatch):
+    tokenize = lambda images, fitted: patchify(images, 2).argmax(axis=-1)  # noqa: E731
+    monkeypatch.setitem(TARGETS, "mine", lambda patch_size, size: targets.tokenized(tokenize, size or 4))
+    monkeypatch.setitem(TARGETS, "of_eight", lambda patch_size, size: targets.tokenized(tokenize, 8))
+    monkeypatch.setitem(TARGETS, "large", lambda patch_size, size: targets.pixels(patch_size)._replace(least=5))
+    smoothed = lambda logits, tokens: losses.token_cross_entropy(0.9 * logits, tokens)  # noqa: E731
+    monkeypatch.setitem(LOSSES, "smoothed", losses.Loss(smoothed, tokens=True))
+    config, _ = load("configs/pretrain.py:digits,tiny", [f"--config.{setting}" for setting in settings.split()])
+    config, problems = complete(config, pretrain.SCHEMA, pretrain.VALUES)
+    problems += model_checks.autoencoder_problems(config)
+    assert len(problems) == bool(words) and all(words in problem for problem in problems)
+    if not words and config.target.size:
+        assert models.build(config)[0].decoder.target_width == config.target.size
 
 
 def cell_histogram(channel, cell):
