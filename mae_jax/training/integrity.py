@@ -65,9 +65,10 @@ def manifest_of(folder: Path) -> str:
     incomplete = [item for item in items if not (folder / item).is_dir() and item != ITEM]
     if incomplete or ITEM not in items:
         raise RuntimeError(f"{folder}: its manifest would be without {', '.join(incomplete) or ITEM}")
+    step = folder.name.partition(".")[0]  # Orbax adds to the name what is not complete
     contents = {
         "format": FORMAT,
-        "step": int(folder.name.partition(".")[0]),
+        **({"step": int(step)} if step.isdecimal() else {}),
         "items": items,
         "files": {
             name: _size_and_sum(folder / name)
