@@ -55,7 +55,7 @@ def run(flags: Mapping[str, str]) -> None:
     path, kind, part = flags["checkpoint"], flags["format"], flags.get("part", "all")
     out = path_of("out", flags["out"])
     check(kind, part)
-    config = complete(checkpoint.load_config(path))
+    config = complete(models.stored_config(path))
     with tensors.whole(out) as unfinished:
         if kind in PORTABLE:
             forward = forward_of(path, config, part)

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax.config import complete
 from mae_jax.data.pipeline import Dataset
-from mae_jax.errors import CheckpointError
+from mae_jax.errors import CheckpointError, in_short
 from mae_jax.jobs import foreign
 from mae_jax.model import masking, targets
 from mae_jax.model.attention import attended
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.masking import Mask
-from mae_jax.model.patches import grid_of
+from mae_jax.model.patches import grid_of, normalize
 from mae_jax.model.positions import RESIZE, position_rows
 from mae_jax.model.targets import Target
 from mae_jax.model.vit import ViT
@@ -91,13 +92,37 @@ def load_config(path: str | Path, **unsaid) -> ConfigDict:
 
     Args:
       unsaid: what a file made elsewhere does not say, such as `heads`; see `foreign.read`.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or no model can be made by its config.
     """
     if foreign.is_foreign(path):
         return ConfigDict(foreign.read(path, weights=False, **unsaid)[0])
-    config = ConfigDict(checkpoint.load_config(path))
+    config = ConfigDict(stored_config(path))
     for part in ("encoder", "decoder"):  # how a run computed its attention says nothing of what can be done here
         if "attention" in config.get(part, ()):
             del config[part].attention
+    return config
+
+
+def stored_config(path: str | Path) -> dict:
+    """As `checkpoint.load_config`, of a config that describes a model.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or its config is no such one.
+    """
+    config = checkpoint.load_config(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{checkpoint.locate(path)}: its config holds no settings; use another checkpoint")
+    groups = {"data": Dataset, "encoder": ViT}
+    groups |= {name: kind for name, kind in {"decoder": Decoder, "pixels": normalize}.items() if name in config}
+    try:
+        _, problems = complete(ConfigDict({name: config[name] for name in groups if name in config}), groups, {})
+    except (TypeError, ValueError) as error:  # names that can be none
+        problems = [in_short(error)]
+    if problems:
+        where = checkpoint.locate(path)
+        raise CheckpointError(f"{where}: its config makes no model: {'; '.join(problems)}; use another checkpoint")
     return config
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -34,6 +35,7 @@ FOLDER = "checkpoints"
 CONFIG = "config.json"
 DAMAGED = "damaged"
 RECORD = "saved.json"  # in the workdir from the first checkpoint on: one whose checkpoints are gone is no new one
+STEP = "0|[1-9][0-9]*"  # names of folders
 PATIENCE = 3  # saves in a row that may fail, before a run does
 
 
@@ -168,6 +170,8 @@ class Checkpoints:
         if not any(reasons):
             self._failures = 0
             self._record(step)
+            if hosts.leads():
+                _error_of(lambda: integrity.seal_last(where))  # without which it is whole too
             return
         self._failures += 1
         _error_of(self._orbax.close)  # the same once more
@@ -241,8 +245,9 @@ def _try_folders(folder: Path) -> None:
     """
     if in_bucket(folder):  # which has none
         return
-    trial = folder / "0.orbax-checkpoint-tmp"  # swept away, if a kill leaves it
+    trial = folder / "trial"
     try:
+        shutil.rmtree(trial, ignore_errors=True)  # left by a kill
         for i in range(8 + 4 * jax.process_count()):
             (trial / str(i)).mkdir(parents=True)
     finally:
@@ -257,7 +262,11 @@ def _set_damaged_aside(workdir: Path) -> tuple[list[str], list[str]]:
     """
     folder, record, lines = workdir / FOLDER, workdir / RECORD, []
     aside = absolute(folder) / DAMAGED
-    for step in sorted(numbers_in(folder), reverse=True):
+    try:
+        steps = sorted(numbers_in(folder), reverse=True)
+    except CheckpointError as error:
+        return lines, error.problems
+    for step in steps:
         where = absolute(folder) / str(step)
         try:
             reason = integrity.damage(where)
@@ -266,10 +275,16 @@ def _set_damaged_aside(workdir: Path) -> tuple[list[str], list[str]]:
         if not reason:
             told = [] if integrity.is_sealed(where) else [f"{where} is of an earlier version, without sums to verify"]
             return lines + told, []
-        aside.mkdir(parents=True, exist_ok=True)
-        taken = {path.name for path in aside.iterdir()}
-        name = next(name for i in range(len(taken) + 1) if (name := f"{step}" + f".{i}" * bool(i)) not in taken)
-        where.rename(aside / name)
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            taken = {path.name for path in aside.iterdir()}
+            name = next(name for i in range(len(taken) + 1) if (name := f"{step}" + f".{i}" * bool(i)) not in taken)
+            where.rename(aside / name)
+        except OSError as error:
+            return lines, [
+                f"{where}: damaged: {reason}; it cannot be moved to {aside} ({error.strerror or error}): make that "
+                "possible, or move it away yourself, and run the same command again"
+            ]
         lines.append(f"damaged: {where}: {reason}; moved to {aside / name}")
     if aside.exists():
         return lines, [
@@ -296,6 +311,7 @@ def write(workdir: Path, config: dict, params: dict) -> None:
     ):
         args = _contents(state=ocp.args.PyTreeSave({"params": params}), config=ocp.args.JsonSave(config))
         manager.save(0, args=args)
+        integrity.seal_last(absolute(workdir / FOLDER / "0"))
 
 
 @contextlib.contextmanager
@@ -347,14 +363,39 @@ def locate(path: str | Path) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in `folder`, damaged or not; files and empty folders are none."""
-    return [step for step in numbers_in(folder) if any((folder / str(step)).iterdir())]
+    """The steps of the checkpoints in `folder`, damaged or not; files and empty folders are none.
+
+    Raises:
+      CheckpointError: as `numbers_in`.
+    """
+    return [step for step in numbers_in(folder) if not _is_empty(folder / str(step))]
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return not folder.is_dir()  # one that cannot be read may hold something
 
 
 def numbers_in(folder: Path) -> list[int]:
-    """The numbers that are names of folders in `folder`; in a bucket, of those that were written to the end."""
-    found = [path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()]
-    return [int(p.name) for p in found if not in_bucket(p) or (p / "commit_success.txt").exists()]
+    """The numbers that are names of folders in `folder`; in a bucket, of those that were written to the end.
+
+    Raises:
+      CheckpointError: it is there but cannot be read, or leads nowhere.
+    """
+    if in_bucket(folder):
+        found = [path for path in folder.glob("*") if re.fullmatch(STEP, path.name) and path.is_dir()]
+        return [int(path.name) for path in found if (path / "commit_success.txt").exists()]
+    try:
+        with os.scandir(folder) as entries:
+            return [int(entry.name) for entry in entries if re.fullmatch(STEP, entry.name) and entry.is_dir()]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not os.path.islink(folder):
+            return []
+        raise CheckpointError(
+            f"{folder}: cannot be read ({error.strerror}); make it a folder that can be, or use a new --workdir"
+        ) from error
 
 
 def _verified(where: Path, below: str = "") -> Path:

@@ -15,7 +15,7 @@ from mae_jax.config import load, to_json
 from mae_jax.errors import CheckpointError
 from mae_jax.jobs import classification, finetune, models, pretrain
 from mae_jax.model.positions import RESIZE
-from mae_jax.training import integrity
+from mae_jax.training import checkpoint, integrity
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.loop import State
 
@@ -158,3 +158,15 @@ def test_paths_in_the_config_of_a_checkpoint_are_not_written_to(job, pretrained,
     before = set(foreign.rglob("*"))
     assert main([job, f"--config=configs/{job}.py", f"--config.init={foreign}", f"--workdir={tmp_path}/run"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"foreign", "run"} and set(foreign.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "config", [[], {}, None, {"data": 1, "encoder": []}, {"encoder": {"width": "x", "no": 1}}], ids=str
+)
+def test_a_config_that_makes_no_model_is_one_line(config, tmp_path, capsys, refused):
+    """Of a checkpoint whose sums are right."""
+    checkpoint.write(tmp_path / "run", config, {"encoder": {"bias": np.zeros(3, np.float32)}})
+    with pytest.raises(CheckpointError, match="its config "):
+        models.load_encoder(tmp_path / "run")
+    code = main(["export", f"--checkpoint={tmp_path / 'run'}", "--format=npz", f"--out={tmp_path / 'out.npz'}"])
+    assert len(refused(capsys, code, 4, "checkpoints/0: its config ")) == 1

@@ -1,8 +1,12 @@
 """A damaged checkpoint is found, named, kept aside and not gone on with, whatever of it is damaged and however."""
 
+import contextlib
+import ctypes
 import gc
 import json
+import os
 import shutil
+import socket
 
 import jax
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from mae_jax.__main__ import main
 from mae_jax.errors import CheckpointError
 from mae_jax.files import absolute
+from mae_jax.jobs import verify
 from mae_jax.training import checkpoint, integrity
 from mae_jax.training.checkpoint import Checkpoints
 from mae_jax.training.loop import State
@@ -140,14 +145,214 @@ def test_two_files_that_have_changed_places_are_found(workdir):
     assert int(resume(workdir).step) == 5
 
 
-def test_what_orbax_writes_last_holds_nothing_that_is_restored(workdir):
-    """Its times, which no manifest could have a sum of."""
-    path = workdir / "checkpoints" / "7" / integrity.ORBAX
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps(told | {"commit_timestamp_nsecs": 1, "init_timestamp_nsecs": 2}))
-    assert float(resume(workdir).params["encoder"]["kernel"][0, 0]) == 7
-    (path.parent / "commit_success.txt").write_text("")
-    assert float(resume(workdir).params["encoder"]["kernel"][0, 0]) == 7
+LATE = {
+    **dict.fromkeys(
+        ["_CHECKPOINT_METADATA", "commit_success.txt", "manifest/commit_success.txt"], ("flipped", "deleted")
+    ),
+    "manifest/last.json": ("flipped", "empty"),
+}
+
+
+@pytest.mark.parametrize(("file", "way"), [(file, way) for file, ways in LATE.items() for way in ways])
+def test_what_orbax_writes_after_the_sums_has_sums_of_its_own(file, way, workdir, capsys):
+    path = workdir / "checkpoints" / "7" / file
+    if file.endswith("METADATA") and way == "flipped":  # a time, of which nothing else depends
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"commit_timestamp_nsecs": told["commit_timestamp_nsecs"] ^ 1}))
+    else:
+        WAYS[way](path)
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert f"7  damaged: {file} " in capsys.readouterr().out
+    assert int(resume(workdir).step) == 5
+
+
+def test_a_run_killed_before_it_wrote_those_leaves_a_whole_checkpoint(workdir):
+    """But one that is marked as finished, and which Orbax can read."""
+    folder = workdir / "checkpoints" / "7"
+    (folder / "manifest" / "last.json").unlink()
+    assert main(["verify", f"--workdir={workdir}"]) == 0
+    assert int(resume(workdir).step) == 7
+    (folder / "commit_success.txt").unlink()
+    assert int(resume(workdir).step) == 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"init_timestamp_nsecs": "x"}, {"metrics": [1]}, {"custom_metadata": 5}, {"item_handlers": [1]}],
+    ids=str,
+)
+def test_what_orbax_could_not_read_is_damaged_without_those_too(changes, workdir):
+    folder = workdir / "checkpoints" / "7"
+    (folder / "manifest" / "last.json").unlink()
+    told = json.loads((folder / integrity.ORBAX).read_text())
+    (folder / integrity.ORBAX).write_text(json.dumps(told | changes))
+    assert int(resume(workdir).step) == 5
+
+
+@pytest.mark.parametrize("file", ["state/extra", "manifest/extra", "extra"])
+def test_a_file_that_was_added_is_damage(file, workdir, capsys):
+    (workdir / "checkpoints" / "7" / file).write_text("")
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert f"7  damaged: {file} was added" in capsys.readouterr().out
+    assert int(resume(workdir).step) == 5
+
+
+@pytest.mark.parametrize("name", ["7", "9"])
+def test_a_checkpoint_by_the_name_of_another_step_is_damaged(name, workdir, capsys):
+    """It would be gone on with, or taken for the end, with the weights of another step."""
+    folder = workdir / "checkpoints"
+    shutil.rmtree(folder / "7")
+    (folder / "3").rename(folder / name)
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert f"{name}  damaged: it is the checkpoint of step 3" in capsys.readouterr().out
+    assert int(resume(workdir).step) == 5
+    assert (folder / "damaged" / name).is_dir()
+
+
+def test_without_a_step_in_its_sums_a_checkpoint_counts_as_that_of_its_name(workdir):
+    """As earlier versions wrote it."""
+    path = workdir / "checkpoints" / "7" / "manifest" / "manifest.json"
+    contents = json.loads(path.read_text())
+    del contents["sha256"], contents["step"]
+    path.write_text(json.dumps(contents | {"sha256": integrity._own_sum(contents)}))
+    (path.parent / "last.json").unlink()
+    assert int(resume(workdir).step) == 7
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder_in_place(path):
+    path.unlink()
+    path.mkdir()
+
+
+def socket_in_place(path):
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(path.parent):  # a short name
+        bound.bind(path.name)
+
+
+ODD = {
+    "pipe": pipe,
+    "folder": folder_in_place,
+    "socket": socket_in_place,
+    "deep": lambda path: path.write_text("[" * 200_000),
+    "unreadable": lambda path: path.chmod(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "way"),
+    [(integrity.ORBAX, way) for way in ODD]
+    + [(file, way) for file in ("state/_METADATA", "manifest/manifest.json") for way in ("pipe", "unreadable")],
+)
+def test_what_is_no_file_or_cannot_be_read_is_damage(file, way, workdir, capsys, no_override):
+    ODD[way](workdir / "checkpoints" / "7" / file)
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert f"7  damaged: {file}" in capsys.readouterr().out
+    assert int(resume(workdir).step) == 5
+
+
+@pytest.fixture
+def no_override():
+    """Within the test, root too may read and write only what it has the right to."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before, fewer = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
+    if os.geteuid():
+        yield
+        return
+    assert libc.capget(header, before) == 0
+    fewer[:] = before[:]
+    fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, fewer) == 0
+    yield
+    assert libc.capset(header, before) == 0
+
+
+def plain_file(folder):
+    damage(folder / "7", "arrays", "flipped")
+    (folder / "damaged").write_text("mine")
+
+
+def read_only(folder):
+    damage(folder / "7", "arrays", "flipped")
+    folder.chmod(0o500)
+
+
+def link_to_nothing(folder):
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("nowhere")
+
+
+STUCK = {
+    "plain_file": (plain_file, r"checkpoints/7: damaged: .*; it cannot be moved to .*damaged \(File exists\): make"),
+    "read_only": (read_only, r"checkpoints/7: damaged: .*; it cannot be moved to .*damaged \(Permission denied\)"),
+    "step": (
+        lambda folder: (folder / "7").chmod(0),
+        r"checkpoints/7: damaged: .*; it cannot be moved to ",
+    ),
+    "all": (lambda folder: folder.chmod(0), r"run/checkpoints: cannot be read \(Permission denied\); make it a folder"),
+    "link": (link_to_nothing, r"run/checkpoints: cannot be read \(No such file or directory\); make it a folder"),
+}
+
+
+@pytest.mark.parametrize("way", STUCK)
+def test_where_nothing_can_be_moved_a_line_says_what_to_do(way, workdir, no_override):
+    folder = workdir / "checkpoints"
+    STUCK[way][0](folder)
+    with pytest.raises(CheckpointError, match=STUCK[way][1]) as caught:
+        resume(workdir)
+    assert len(caught.value.problems) == 1
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    if not folder.is_symlink():
+        folder.chmod(0o700)
+        (folder / "7").chmod(0o700)
+
+
+@pytest.mark.parametrize("changes", [{"format": "2.0"}, {"format": True}, {"files": [1]}, {"files": {"a": 1}}], ids=str)
+def test_sums_that_are_none_are_damage(changes, workdir):
+    rewrite(workdir / "checkpoints" / "7", **changes)
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    assert int(resume(workdir).step) == 5
+
+
+def test_an_empty_folder_of_the_name_of_a_step_is_damage_and_what_has_another_name_is_nothing(workdir, capsys):
+    folder = workdir / "checkpoints"
+    (folder / "notes").mkdir()
+    (folder / "10").write_text("")
+    assert main(["verify", f"--workdir={workdir}"]) == 0
+    assert int(resume(workdir).step) == 7
+    (folder / "9").mkdir()
+    assert main(["verify", f"--workdir={workdir}"]) == 4
+    capsys.readouterr()
+    assert int(resume(workdir).step) == 7
+    assert f"damaged: {folder / '9'}: " in capsys.readouterr().out
+    assert (folder / "damaged" / "9").is_dir()
+
+
+def test_what_a_run_removes_while_it_is_read_is_not_damaged(workdir, monkeypatch, capsys):
+    """Old checkpoints are removed as new ones come, file by file."""
+    folder, look = workdir / "checkpoints" / "3", integrity.damage
+    (workdir / "lock").write_text("process 1 on here")
+
+    def removing(where):
+        if where.name == "3":
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            files[0].unlink()
+            found = look(where)
+            if len(files) < 12:
+                shutil.rmtree(folder)
+            return found
+        return look(where)
+
+    monkeypatch.setattr(integrity, "damage", removing)
+    monkeypatch.setattr(verify.time, "sleep", lambda seconds: None)
+    assert main(["verify", f"--workdir={workdir}"]) == 0
+    assert "3  removed meanwhile" in capsys.readouterr().out
 
 
 def test_the_newest_that_is_whole_is_found_and_later_ones_are_saved_anew(workdir, capsys):
@@ -217,6 +422,8 @@ def test_a_newer_format_is_refused_by_name_and_left_where_it_is(workdir, capsys)
     with pytest.raises(CheckpointError, match="is of format"):
         checkpoint.load(workdir, {"params": ABSTRACT.params})
     assert main(["verify", f"--workdir={workdir}"]) == 4
+    out, err = capsys.readouterr()
+    assert "damaged" not in out + err and "7: is of format" in out and "1 of 3 checkpoints of a newer format" in err
     assert bytes_of(workdir) == before
 
 
