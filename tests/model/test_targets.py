@@ -99,6 +99,17 @@ def test_a_prediction_changes_only_its_own_patch_of_the_picture(name):
 
 
 @every_target
+def test_what_is_to_be_predicted_for_a_patch_is_of_that_patch(name):
+    """A target that looks beyond its patch, as HOG does by a pixel, is changed the most where the image is."""
+    (target, fitted), images = target_for(name, 8, 3), random_images((1, 16, 24, 3))
+    values = jax.jit(lambda images: target.values(target.encode(images, fitted)))
+    for row, (top, left) in enumerate(itertools.product((0, 8), (0, 8, 16))):
+        patch = np.s_[:, top + 2 : top + 6, left + 2 : left + 6]
+        changed = np.abs(values(images.at[patch].multiply(-3)) - values(images))[0].sum(axis=-1)
+        assert changed.argmax() == row and changed.max() > 2 * np.delete(changed, row).max()
+
+
+@every_target
 def test_each_sample_is_encoded_by_itself_and_the_same_on_8_devices(name):
     (target, fitted), images = target_for(name, 4, 3), random_images((8, 8, 12, 3))
     encode = jax.jit(target.encode)
