@@ -246,5 +246,5 @@ def results_of(path: str, config: Mapping) -> list[tuple[str, str]]:
     file = workdir / "summary.json"
     found = tensors.read_json(file) if file.is_file() else {}
     if found.get("steps") == step:
-        said += [(key, f"{x:.4g}") for key, x in found["metrics"].items() if key.startswith("eval/")]
+        said += [(key, f"{x:.4g}") for key, x in found["metrics"].items() if key.startswith("eval/") and x is not None]
     return said

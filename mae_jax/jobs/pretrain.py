@@ -88,8 +88,8 @@ def _train(workdir: Path, config: ConfigDict, data: Dataset, held_out: Dataset) 
         trained=trained,
     )
     final = run.final_metrics
-    if "eval/loss" in final:
-        loss, baseline = final["eval/loss"], final["eval/baseline_loss"]
+    loss, baseline = final.get("eval/loss"), final.get("eval/baseline_loss")
+    if loss is not None and baseline:  # finite, that is
         print(
             f"held-out loss {loss:.4f} is {loss / baseline:.3f} of {baseline:.4f}, that of guessing by position alone"
         )

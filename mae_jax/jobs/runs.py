@@ -145,21 +145,29 @@ class Run:
         examples_of = partial(batches.indexes, config.seed)
         size = (data.batch_size, self.steps_per_epoch)
         limits = {**config.guard, "patience": min(config.guard.patience, self.steps)}  # a run of nothing else fails too
-        guard = Guard(self.workdir, first, examples_of, go_back, *size, **limits)
+        with needed(self.workdir):
+            guard = Guard(self.workdir, first, examples_of, go_back, *size, **limits)
 
-        def keep(state, step, save=self.checkpoints.save):
+        def keep(state, step):
             if guard.keeps(state.params, step, step == self.steps):
-                save(state, step)
+                self.checkpoints.save(state, step)
+
+        def keep_if_time(state, step):
+            if self.checkpoints.is_time():
+                keep(state, step)
+
+        def keep_at_once(state, step):
+            """Before an interrupted run ends, also while steps are skipped."""
+            if guard.can_compute_with(state.params, step):
+                self.checkpoints.save(state, step)
 
         hooks = [*hooks, (self.checkpoints.every, keep)]
         if self.checkpoints.minutes:
-            hooks.append((config.log.every, partial(keep, save=self.checkpoints.save_if_time)))
+            hooks.append((config.log.every, keep_if_time))
         examples = batches.shuffled(config.seed, first, batch_sharding(self.mesh))
         try:
             with hosts.failing_at_once():
-                state = fit(
-                    state, train_step, examples, self.steps, hooks, self.checkpoints.save, progress, guard, **config.log
-                )
+                state = fit(state, train_step, examples, self.steps, hooks, keep_at_once, progress, guard, **config.log)
         finally:
             self.checkpoints.close()
             self.writer.close()
@@ -278,7 +286,7 @@ def earlier_config(workdir: Path) -> tuple[dict, Path | None, str]:
         return config, workdir / CONFIG, ""
     for step in steps:
         path = workdir / "checkpoints" / str(step)
-        with contextlib.suppress(CheckpointError):  # a damaged one is set aside later
+        with contextlib.suppress(CheckpointError, OSError):  # a damaged one is set aside later
             if isinstance(config := load_config(path), dict):
                 return config, path, wrong
     raise CheckpointError(f"{workdir / CONFIG}: {wrong}, nor is that of any checkpoint; use a new --workdir")

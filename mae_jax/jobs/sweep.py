@@ -103,8 +103,9 @@ def check(flags: Mapping[str, str]) -> tuple[ConfigDict, ConfigDict, list[Trial]
         chain, _ = configs.load(sweep.chain)
     except ConfigError as error:
         raise ConfigError([problem.replace("--config", "--sweep", 1) for problem in error.problems]) from error
-    names = [trial.get("name") for trial in sweep.get("trials", ()) if isinstance(trial, Mapping)]
-    if names and "reference" in sweep and sweep.reference not in names:
+    trials.raise_if_misshapen(sweep, chain)
+    names = [trial["name"] for trial in sweep.trials]
+    if sweep.get("reference") and sweep.reference not in names:
         raise ConfigError(f"sweep.reference: no trial {sweep.reference!r}{nearest(str(sweep.reference), names)}")
     if "seeds" in flags:
         chain.seeds = tuple(dict.fromkeys(map(int, seeds.split(","))))

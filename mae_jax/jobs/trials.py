@@ -170,9 +170,7 @@ def of_sweep(sweep: ConfigDict, chain: ConfigDict, workdir: Path) -> list[Trial]
     Raises:
       ConfigError: with all that is wrong with either, or with the configs of the jobs as they are changed.
     """
-    problems = _shape_problems(sweep, chain)
-    if problems:
-        raise ConfigError(problems)
+    raise_if_misshapen(sweep, chain)
     trials = [_trial(given, seed, chain, workdir) for given in sweep.trials for seed in chain.seeds]
     first = [trial for trial in trials if trial.seed == trials[0].seed]  # the others differ in nothing else
     problems = [f"sweep.trials: {trial.name}: {line}" for trial in first for line in _setting_problems(trial)]
@@ -205,6 +203,12 @@ def configured(link: Link) -> ConfigDict:
     """The config of a job of pre-training, with its defaults."""
     config, _ = load(link.spec, tuple(link.settings.items()))
     return configs.complete(config, pretrain.SCHEMA, pretrain.VALUES)[0]
+
+
+def raise_if_misshapen(sweep: ConfigDict, chain: ConfigDict) -> None:
+    """Raise a ConfigError of all that is wrong with the form of either."""
+    if problems := _shape_problems(sweep, chain):
+        raise ConfigError(problems)
 
 
 def _shape_problems(sweep: ConfigDict, chain: ConfigDict) -> list[str]:
@@ -249,7 +253,7 @@ def _trial_problems(trial: Mapping, jobs: Sequence[str]) -> list[str]:
     published = trial.get("published") or {}
     if not isinstance(published, Mapping) or not all(isinstance(x, int | float) for x in published.values()):
         problems.append(f"{where}: published is no dict of numbers by column")
-    if not isinstance(trial.get("at", 0.0), int | float):
+    if not isinstance(trial.get("at") or 0.0, int | float):
         problems.append(f"{where}: at is {trial['at']!r}, no number")
     return problems
 

@@ -185,10 +185,9 @@ class Checkpoints:
             raise CheckpointError(f"{lost}{again}; make sure that there is room, and run the same command again")
         print(f"{lost}; training goes on, and the next one is tried", flush=True)
 
-    def save_if_time(self, state, step: int) -> None:
-        """The same where `minutes` have passed since the last save: by the clock of process 0, for all of them."""
-        if hosts.of_first(lambda: time.monotonic() - self._saved >= 60 * self.minutes):
-            self.save(state, step)
+    def is_time(self) -> bool:
+        """Whether `minutes` have passed since the last save: by the clock of process 0, for all of them."""
+        return hosts.of_first(lambda: time.monotonic() - self._saved >= 60 * self.minutes)
 
     def restore(self, abstract):
         """The newest state, laid out as `abstract` (ShapeDtypeStructs with shardings) says.
@@ -288,8 +287,8 @@ def _set_damaged_aside(workdir: Path) -> tuple[list[str], list[str]]:
         lines.append(f"damaged: {where}: {reason}; moved to {aside / name}")
     if aside.exists():
         return lines, [
-            f"{folder}: no checkpoint is left but damaged ones, in {aside}; use a new --workdir, or move them and "
-            f"{record} away to train from the beginning"
+            f"{folder}: no checkpoint is left but damaged ones, in {aside}; use a new --workdir, or "
+            f"remove {workdir} to train from the beginning"
         ]
     if record.exists() or (workdir / "summary.json").exists():
         return lines, [

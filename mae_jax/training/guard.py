@@ -118,12 +118,17 @@ class Guard:
         """
         if self.in_row and not last:
             return False
+        if self.can_compute_with(params, step):
+            return True
+        if last:
+            raise NumericsError(f"step {step} left nothing to compute with; lower config.optim.base_learning_rate")
+        return False
+
+    def can_compute_with(self, params, step: int) -> bool:
+        """Whether the parameters of `step` are within bounds; if not, a line says so."""
         if _in_bounds(params):
             return True
-        what = f"the parameters of step {step} are not finite, or too large to compute with"
-        if last:
-            raise NumericsError(f"{what}; lower config.optim.base_learning_rate")
-        print(f"{what}: not saved", flush=True)
+        print(f"the parameters of step {step} are not finite, or too large to compute with: not saved", flush=True)
         return False
 
     def _count(self, step: int, unreadable: int) -> None:

@@ -15,6 +15,7 @@ before leaves a checkpoint without, which counts as whole.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ ORBAX = "_CHECKPOINT_METADATA"  # which Orbax changes after the manifest is writ
 LAST = "last.json"  # sums of what is written after the manifest
 UNFINISHED = "last.tmp"
 AFTER = (ORBAX, "commit_success.txt", f"{ITEM}/commit_success.txt")  # which that is
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EINTR)  # troubles that are not of the file
 PIECE = 2**22  # bytes read at a time
 
 
@@ -110,7 +112,10 @@ def damage(folder: Path, below: str = "") -> str:
     """
     try:
         return _damage(folder, below)
-    except (OSError, ValueError) as error:  # no right to read, a bad disk, a name that cannot be
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in PASSING:
+            raise CheckpointError(f"{folder}: cannot be read now ({error.strerror}); try again") from error
+        # no right to read, a bad disk, a name that cannot be
         named, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or error
         return f"{os.path.relpath(named, folder) if named else 'a file'} cannot be read ({reason})"
 
@@ -150,7 +155,10 @@ def _damage(folder: Path, below: str) -> str:
         if "config/commit_success.txt" in files:  # by an Orbax that marks each item, and the whole
             files = dict.fromkeys(AFTER) | files
         known = {*files, *AFTER, name, last, f"{ITEM}/{UNFINISHED}"}
-        if added := next((name for name in _files(folder) if name not in known), ""):
+        strange = (
+            name for name in _files(folder) if name not in known and "/." not in f"/{name}"
+        )  # .nfs0001, .DS_Store
+        if added := next(strange, ""):
             return f"{added} was added"
     files = {name: told for name, told in files.items() if name.startswith(below)}
     missing = [name for name in files if not (folder / name).exists()]

@@ -260,6 +260,11 @@ def test_a_bad_chain(before, after, found, sweep, tmp_path, refused, capsys):
         ('"ratio": 0.5', '"ratoi": 0.5', "sweep.trials: ratio_50: --config.mask.ratoi"),
         ('"ratio": 0.5', '"ratio": 0.99', "sweep.trials: ratio_50: config.mask.ratio"),
         ('"ratio": 0.5', '"name": "blok"', "sweep.trials: ratio_50: config.mask.name"),
+        (
+            "    return config",
+            '    return ConfigDict({**config, "trials": 5})',
+            "sweep.trials: is no sequence of dicts",
+        ),
         ('"reference": "ratio_75"', '"reference": "ratio_7"', "sweep.reference: no trial 'ratio_7'; did you mean"),
     ],
 )

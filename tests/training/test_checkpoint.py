@@ -155,7 +155,8 @@ def test_states_are_saved_by_time_too_where_that_is_asked_for(tmp_path, monkeypa
         now += 30
         if step == 6:
             checkpoints.save(state, step)  # from which on time counts anew
-        checkpoints.save_if_time(state, step)
+        if checkpoints.is_time():
+            checkpoints.save(state, step)
     checkpoints.close()
     assert steps_in(tmp_path) == [4, 6, 10]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -195,6 +196,23 @@ def test_a_file_that_was_added_is_damage(file, workdir, capsys):
     assert main(["verify", f"--workdir={workdir}"]) == 4
     assert f"7  damaged: {file} was added" in capsys.readouterr().out
     assert int(resume(workdir).step) == 5
+
+
+def test_what_file_systems_and_copying_leave_behind_is_no_damage(workdir):
+    (workdir / "checkpoints" / "7" / "state" / ".nfs000001").write_text("")
+    (workdir / "checkpoints" / "7" / ".DS_Store").write_text("")
+    assert int(resume(workdir).step) == 7
+
+
+def test_trouble_that_passes_is_no_damage(workdir, monkeypatch):
+    def no_more_files(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(integrity, "_size_and_sum", no_more_files)
+    with pytest.raises(CheckpointError, match="cannot be read now"):
+        resume(workdir)
+    monkeypatch.undo()
+    assert int(resume(workdir).step) == 7
 
 
 @pytest.mark.parametrize("name", ["7", "9"])
