@@ -78,7 +78,7 @@ def manifest_of(folder: Path) -> str:
             if re.split("[./]", name)[0] != ITEM and name not in AFTER
         },
     }
-    return json.dumps(contents | {"sha256": _own_sum(contents)}, indent=1)
+    return _sign(contents)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -88,8 +88,7 @@ def is_sealed(folder: Path) -> bool:
 
 def seal_last(folder: Path) -> None:
     """Write sums of what Orbax wrote after the manifest of the checkpoint `folder`, which has to be committed."""
-    contents = {"files": {name: _size_and_sum(folder / name) for name in AFTER if (folder / name).exists()}}
-    text = json.dumps(contents | {"sha256": _own_sum(contents)}, indent=1)
+    text = _sign({"files": {name: _size_and_sum(folder / name) for name in AFTER if (folder / name).exists()}})
     if in_bucket(folder):
         (folder / ITEM / LAST).write_text(text)
         return
@@ -155,10 +154,8 @@ def _damage(folder: Path, below: str) -> str:
         if "config/commit_success.txt" in files:  # by an Orbax that marks each item, and the whole
             files = dict.fromkeys(AFTER) | files
         known = {*files, *AFTER, name, last, f"{ITEM}/{UNFINISHED}"}
-        strange = (
-            name for name in _files(folder) if name not in known and "/." not in f"/{name}"
-        )  # .nfs0001, .DS_Store
-        if added := next(strange, ""):
+        # .nfs0001, .DS_Store and their like come from file systems and from copying
+        if added := next((name for name in _files(folder) if name not in known and "/." not in f"/{name}"), ""):
             return f"{added} was added"
     files = {name: told for name, told in files.items() if name.startswith(below)}
     missing = [name for name in files if not (folder / name).exists()]
@@ -176,8 +173,13 @@ def _damage(folder: Path, below: str) -> str:
     return ""
 
 
+def _sign(contents: dict) -> str:
+    """`contents` as JSON with its own sum."""
+    return json.dumps(contents | {"sha256": _own_sum(contents)}, indent=1)
+
+
 def _signed(path: Path) -> dict | str:
-    """What a file of JSON with its own sum holds, without that; or what is wrong with it."""
+    """What a file of what `_sign` has made holds, without the sum; or what is wrong with it."""
     contents = _json(path)
     if not isinstance(contents, dict) or "sha256" not in contents:
         return "is not readable"
