@@ -15,6 +15,7 @@ from mae_jax.data.pipeline import Dataset
 from mae_jax.data.sources import SOURCES
 from mae_jax.errors import ConfigError, UserError, nearest
 from mae_jax.jobs import models
+from mae_jax.model.extent import MOST_NUMBERS
 from mae_jax.training.checkpoint import FOLDER
 from mae_jax.training.loop import total_steps
 from mae_jax.training.optim import OPTIMIZERS
@@ -36,7 +37,6 @@ LEAST = {
 
 # The most of them, where more would fail or never end: each stage compiles a step of its own.
 MOST = {"mask_schedule": {"stages": 256}, "data": {"subset_seed": 2**32 - 1}}
-MOST_NUMBERS = 2**29  # of an image, and of a table of positions: 2 GiB as float32
 
 
 def seed_problems(config: ConfigDict) -> list[str]:

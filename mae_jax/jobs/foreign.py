@@ -17,6 +17,7 @@ from mae_jax.files import to_path
 from mae_jax.interchange import huggingface, names, original, tensors
 from mae_jax.model import masking
 from mae_jax.model.classifier import Classifier
+from mae_jax.model.extent import MOST_BLOCKS, MOST_NUMBERS, MOST_PARAMETERS, parameter_count, table_size
 from mae_jax.model.mae import MAE, Decoder
 from mae_jax.model.patches import grid_of
 from mae_jax.model.positions import position_rows, resize_positions
@@ -24,8 +25,6 @@ from mae_jax.model.vit import ViT
 
 # What a folder may hold its tensors in, the best first.
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What no model here is larger than: blocks, numbers in its table of positions, and all its weights.
-MOST_BLOCKS, MOST_NUMBERS, MOST_WEIGHTS = 256, 2**29, 2**40
 SUFFIXES = (".safetensors", *tensors.PYTORCH)
 
 
@@ -122,10 +121,9 @@ def _check_extent(config: dict, shapes: Mapping[str, tuple[int, ...]], where: st
     held, patch, size = sum(map(math.prod, shapes.values())), config["encoder"]["patch_size"], config["image_size"]
     for part in config.keys() & {"encoder", "decoder"}:
         width, depth = config[part]["width"], config[part]["depth"]
-        table = (1 + math.prod(side // patch for side in size)) * width
-        weights = depth * (4 * width + 2 * int(width * config[part]["mlp_ratio"])) * width
-        weights += patch**2 * config["channels"] * width
-        bounds = (depth, len(shapes), MOST_BLOCKS), (table, held, MOST_NUMBERS), (weights, held, MOST_WEIGHTS)
+        table = table_size(size, patch, width)
+        weights = parameter_count(depth, width, config[part]["mlp_ratio"], patch**2 * config["channels"])
+        bounds = (depth, len(shapes), MOST_BLOCKS), (table, held, MOST_NUMBERS), (weights, held, MOST_PARAMETERS)
         if any(number > max(there, most) for number, there, most in bounds):
             raise CheckpointError(
                 f"{where}: its {part} would be {depth} blocks of width {width}, for {size[0]}x{size[1]} pixels in "

@@ -10,14 +10,13 @@ from ml_collections import ConfigDict
 from mae_jax.data.pipeline import Dataset
 from mae_jax.jobs import checks, fitting, models
 from mae_jax.model import classifier, cudnn, losses, masking, ops, targets
+from mae_jax.model.extent import MOST_BLOCKS, MOST_NUMBERS, MOST_PARAMETERS, parameter_count, table_size
 from mae_jax.model.layers import BLOCKS, REMAT
 from mae_jax.model.mae import MASK_TOKENS, Decoder
 from mae_jax.model.patches import grid_of
 from mae_jax.model.positions import POSITIONS
 from mae_jax.training.sharding import mesh_shape
 
-MOST_BLOCKS = 256  # each is traced and compiled by itself; published ViTs have up to 64
-MOST_PARAMETERS = 2**40  # fifty times the largest ViT there is
 MOST_SIZE = fitting.IMAGES * fitting.PATCHES  # of a target: what is fitted is to so many patches at most
 DTYPES = ("float32", "bfloat16")  # what config.dtype may be
 
@@ -210,23 +209,20 @@ def extent_problems(group: str, config: ConfigDict) -> list[str]:
     part, size, patch = config[group], config.data.image_size, config.encoder.patch_size
     if part.depth > MOST_BLOCKS:
         return [f"config.{group}.depth: {part.depth} is above {MOST_BLOCKS}"]
-    width = float(part.width)
-    parameters = max(part.depth, 1) * width * width * (4 + 2 * part.mlp_ratio)
-    if group == "encoder":
-        parameters += width * patch**2 * config.data.channels
+    embedded = patch**2 * config.data.channels if group == "encoder" else 0
+    parameters = parameter_count(max(part.depth, 1), part.width, part.mlp_ratio, embedded)
     if parameters > MOST_PARAMETERS:
         return [
             f"config.{group}.width: {part.width} makes {parameters:.1e} parameters, with config.{group}.depth "
             f"{part.depth} and config.{group}.mlp_ratio {part.mlp_ratio}; more than {MOST_PARAMETERS:.1e} are too many"
         ]
-    if image_size_problems(config) or math.prod(size) * config.data.channels > checks.MOST_NUMBERS:
+    if image_size_problems(config) or math.prod(size) * config.data.channels > MOST_NUMBERS:
         return []
-    tokens = 1 + math.prod(grid_of(size, patch))
-    numbers = tokens * max(part.width, tokens if part.positions == "relative" else 0)
-    if numbers > checks.MOST_NUMBERS:
+    numbers = table_size(size, patch, part.width, part.positions)
+    if numbers > MOST_NUMBERS:
         return [
-            f"config.{group}.positions: a table of {numbers} numbers, for {tokens - 1} patches; more than "
-            f"{checks.MOST_NUMBERS} are too many: give larger patches or smaller images"
+            f"config.{group}.positions: a table of {numbers} numbers, for {math.prod(grid_of(size, patch))} patches; "
+            f"more than {MOST_NUMBERS} are too many: give larger patches or smaller images"
         ]
     return []
 
