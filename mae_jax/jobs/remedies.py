@@ -49,8 +49,16 @@ def shown(change: dict) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in change.items())
 
 
+def busier(plan: Plan) -> Iterator[dict]:
+    """All devices there are, where some are idle."""
+    sizes = {f"mesh.{axis}": size for axis, size in plan.mesh.items()}
+    if plan.there >= 2 * plan.devices:
+        yield sizes | {"mesh.data": plan.there // plan.devices * plan.mesh["data"]}
+
+
 def smaller(plan: Plan) -> Iterator[dict]:
     """Changes that need less memory, in the order of what they cost."""
+    yield from busier(plan)
     config, memory, room = plan.config, plan.memory, plan.hardware.memory
     sizes = {f"mesh.{axis}": size for axis, size in plan.mesh.items()}
     state = memory.parameters + memory.optimizer
@@ -78,6 +86,7 @@ def faster(plan: Plan) -> Iterator[dict]:
     """Changes that spare what limits a step; whether they do is for the compiler to tell."""
     config, mesh = plan.config, plan.mesh
     sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    yield from busier(plan)
     if config.dtype == "float32" and plan.estimate.limit != "network":
         yield {"dtype": "bfloat16"}
     if plan.estimate.limit == "network":
