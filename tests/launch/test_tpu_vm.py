@@ -10,8 +10,8 @@ SLICE = ("--name=mae", "--zone=us-east5-a", "--type=v6e-16")
 JOB = ("pretrain", "--config=configs/pretrain.py:vit_b16", "--workdir=gs://bucket/run")
 
 # `state` holds what `list` says of the queued resource, a line a call, the last one for ever; `vm` the same of a TPU VM
-# that was made without one; `created` what `create` puts there, and `created_N` the N-th time, where there is one; `fail`
-# the beginnings of calls that fail, once each.
+# that was made without one; `created` what `create` puts there, `created_N` the N-th time; `fail` the beginnings of
+# calls that fail, once each.
 GCLOUD = """
 import shutil
 path = lambda name: os.path.join(fake, name)
