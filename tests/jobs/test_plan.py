@@ -237,6 +237,17 @@ def test_idle_devices_are_put_to_use(digits, monkeypatch):
     half = dataclasses.replace(digits, there=8, mesh={"data": 1, "fsdp": 4, "tensor": 1})
     told = remedies.advice(made_up(half, 50), jax.devices(), None)
     assert tried == [{"data": 2, "fsdp": 4, "tensor": 1}] and "--config.mesh.data=2" in told
+    assert remedies.busier(dataclasses.replace(half, there=31))["data"] == 4  # 64 images cannot be split over 28
+    assert remedies.busier(digits) == MESH
+
+
+def test_what_needs_less_memory_is_put_together_on_all_devices_there_are(digits):
+    """The last thing that is tried has all that helps, and is tried."""
+    half = dataclasses.replace(digits, there=8, mesh={"data": 1, "fsdp": 4, "tensor": 1})
+    changes = list(remedies.smaller(made_up(half, 200)))
+    assert len(changes) == remedies.TRIES
+    assert all(change["mesh.data"] * change["mesh.fsdp"] == 8 for change in changes)
+    assert {"encoder.remat", "decoder.remat", "accumulate"} <= set(changes[-1])
 
 
 def test_native_code_is_not_in_the_program(monkeypatch):
