@@ -51,8 +51,11 @@ run() {
     echo "${line# }"
 }
 
-# on WORKER COMMAND: as text for the shell over there.
-on() { run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
+# on WORKER COMMAND: as text for the shell over there. A worker that is gone without a word is noticed in two minutes.
+on() {
+    run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" \
+        --ssh-flag='-o ServerAliveInterval=30' --command="$2"
+}
 
 # worker ACTION ARGUMENT ...: the text that calls tpu_worker.sh. This is the one place where arguments are quoted.
 worker() {
@@ -81,20 +84,27 @@ create() {
 
 delete() {
     run gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet || return
-    mine=''
+    mine='' fresh=''
 }
 
-# Ends with exit code $1, and with NAME deleted if it may be.
+# Ends with exit code $1, or 1 in place of 0 where NAME costs on, and with NAME deleted if it may be.
 finish() {
-    if [[ $mine && ! $keep ]]; then delete; fi
+    local try
+    if [[ $mine && ! $keep ]]; then
+        for try in 1 2 3; do
+            delete && break
+            ((try < 3)) || exit "$(($1 ? $1 : 1))"
+            sleep 60
+        done
+    fi
     exit "$1"
 }
 
 # Returns when NAME can be used.
 ready() {
-    local before=none
+    local before=none unlisted=0
     if [[ $dry ]]; then
-        echo "# where $name is there already, the first two commands are left out"
+        echo "# where $name is there already, the next two are left out"
         create
         echo "until [[ \$($(listed)) == $up ]]; do sleep 30; done"
         return
@@ -107,6 +117,11 @@ ready() {
         before=$now
         case $made:$now in
         queued-resources:)
+            if [[ $fresh ]]; then # asked for, and not listed yet
+                ((unlisted++ < 10)) || die "$name was asked for, and is not listed; was it deleted by others?"
+                sleep 30
+                continue
+            fi
             create || {
                 [[ $taken ]] || die "no $name (see above); check quota, zone and type, as launch/README.md says"
                 sleep 60 # it worked before, and waiting costs nothing
@@ -114,12 +129,13 @@ ready() {
             ;;
         queued-resources:SUSPENDED) delete || sleep 60 ;; # was taken away, and never comes back
         queued-resources:FAILED)
-            if [[ $fresh ]]; then
+            if [[ $fresh && ! $taken ]]; then
                 gcloud compute tpus queued-resources describe "$name" --zone="$zone" || true
                 say "Google cannot provide $name (see above); try another zone or type, or later"
                 finish 1
             fi
-            delete || sleep 60 # one left by an earlier command says nothing about this one
+            delete || true # it worked before; and one left by an earlier command says nothing about this one
+            sleep 60
             ;;
         tpu-vm: | tpu-vm:PREEMPTED | tpu-vm:TERMINATED | tpu-vm:STOPPED)
             die "$name is ${now:-gone}, and was made by others; start or delete it, and run the same command again"

@@ -12,7 +12,7 @@ import jax
 from mae_jax.jobs import checks, model_checks, planned
 from mae_jax.jobs.planned import Plan
 
-TRIES = 4  # each takes as long to compile as the plan itself
+TRIES = 5  # each takes as long to compile as the plan itself
 LIMITS = {"compute": "compute", "memory": "the bandwidth of memory", "network": "the network"}  # as they are called
 FASTER = 0.98  # of the time: less than that is none of a help
 WEAKER = {"full": "dots", "dots": "none"}  # what recomputes less
@@ -49,35 +49,50 @@ def shown(change: dict) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in change.items())
 
 
+def busier(plan: Plan) -> dict[str, int]:
+    """The mesh with as many of the devices that are idle as a batch can be split over; as it is, where none are."""
+    mesh, config = plan.mesh, plan.config
+    parts = mesh["data"] * mesh["fsdp"] * config.accumulate
+    more = [n for n in range(1, plan.there // plan.devices + 1) if config.data.batch_size % (n * parts) == 0]
+    return mesh | {"data": max(more, default=1) * mesh["data"]}
+
+
+def sizes_of(mesh: dict[str, int]) -> dict[str, int]:
+    """A mesh as a change."""
+    return {f"mesh.{axis}": size for axis, size in mesh.items()}
+
+
 def smaller(plan: Plan) -> Iterator[dict]:
     """Changes that need less memory, in the order of what they cost."""
-    config, memory, room = plan.config, plan.memory, plan.hardware.memory
-    sizes = {f"mesh.{axis}": size for axis, size in plan.mesh.items()}
+    config, memory, room, mesh = plan.config, plan.memory, plan.hardware.memory, busier(plan)
     state = memory.parameters + memory.optimizer
-    fsdp = {}
-    if state > room / 4 and plan.mesh["data"] > 1:  # the state is what is too large: share it
-        factor = next((n for n in divisors(plan.mesh["data"]) if state / n < room / 4), plan.mesh["data"])
-        fsdp = sizes | {"mesh.data": plan.mesh["data"] // factor, "mesh.fsdp": plan.mesh["fsdp"] * factor}
-        yield fsdp
+    if state > room / 4 and mesh["data"] > 1:  # the state is what is too large: share it
+        factor = next((n for n in divisors(mesh["data"]) if state / n < room / 4), mesh["data"])
+        mesh = mesh | {"data": mesh["data"] // factor, "fsdp": mesh["fsdp"] * factor}
+    spread = {} if mesh == plan.mesh else sizes_of(mesh)
+    if spread:
+        yield spread
     stronger = [kind for kind in ("dots", "full") if kind not in (config.encoder.remat, config.decoder.remat)]
     if config.encoder.remat == "full":
         stronger = []
     for kind in stronger:
-        yield fsdp | {"encoder.remat": kind, "decoder.remat": kind}
+        yield spread | {"encoder.remat": kind, "decoder.remat": kind}
     remat = {"encoder.remat": "full", "decoder.remat": "full"}
-    shares = plan.mesh["data"] * plan.mesh["fsdp"]
+    shares = mesh["data"] * mesh["fsdp"]
     parts = [n for n in divisors(config.data.batch_size // shares) if n > config.accumulate]
     enough = math.ceil(config.accumulate * memory.activations / max(room - state, room / 4))
     for n in [n for n in parts if n >= enough and n % config.accumulate == 0][:1]:
-        yield fsdp | {"accumulate": n}
+        yield spread | {"accumulate": n}
     if parts:
-        yield fsdp | remat | {"accumulate": next((n for n in parts if n >= 2 * enough), parts[-1])}
+        yield spread | remat | {"accumulate": next((n for n in parts if n >= 2 * enough), parts[-1])}
 
 
 def faster(plan: Plan) -> Iterator[dict]:
     """Changes that spare what limits a step; whether they do is for the compiler to tell."""
     config, mesh = plan.config, plan.mesh
-    sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    sizes = sizes_of(mesh)
+    if (more := busier(plan)) != mesh:
+        yield sizes_of(more)
     if config.dtype == "float32" and plan.estimate.limit != "network":
         yield {"dtype": "bfloat16"}
     if plan.estimate.limit == "network":

@@ -117,7 +117,7 @@ def describe(text: str) -> tuple[Hardware, int]:
     if name not in PRESETS:
         raise ConfigError(
             f"--target={text}: no {name!r}; use one of {', '.join(PRESETS)}, or say what it is: "
-            f"--target=memory=24Gi,flops=150T,bandwidth=900G,...{nearest(name, PRESETS)}"
+            f"--target=memory=24Gi,flops=150T,bandwidth=900G,...{nearest(name.lower(), PRESETS)}"
         )
     if colon and not re.fullmatch(r"[1-9]\d{0,9}", count):
         raise ConfigError(f"--target={text}: {count!r} is not a number of devices; write {name}:8")

@@ -192,11 +192,12 @@ def _collectives(
 
 
 def _takes_slice(name: str, user: Instruction, elements: int, computations: Mapping[str, Computation]) -> bool:
-    """Whether an instruction's result is one slice of so many elements of what is called `name`."""
-    if user.elements != elements or user.opcode not in ("dynamic-slice", "fusion"):
-        return False
+    """Whether an instruction reads one slice of so many elements, and no more, of what is called `name`."""
     if user.opcode == "dynamic-slice":
-        return user.operands[0] == name
+        return user.operands[0] == name and user.elements == elements
+    if user.opcode != "fusion":
+        return False
     body = computations[user.called("calls")]
     slices = [body.slices_of(body.parameters[i].name) for i, used in enumerate(user.operands) if used == name]
-    return all(parts is not None and [part.elements for part in parts] == [elements] for parts in slices)
+    own = [("dynamic-slice", elements)]  # a fixed slice would be the same on every device
+    return all(parts is not None and [(part.opcode, part.elements) for part in parts] == own for parts in slices)

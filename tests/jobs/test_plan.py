@@ -226,12 +226,77 @@ def test_a_faster_dtype_is_found_and_a_slower_one_is_not_praised(digits, monkeyp
     assert "no setting here spares" in remedies.advice(made_up(digits, 50), jax.devices(), None)
 
 
+def test_idle_devices_are_put_to_use(digits, monkeypatch):
+    tried = []
+
+    def make(config, *_):
+        tried.append(dict(config.mesh))
+        return made_up(digits, 50, step=0.5)
+
+    monkeypatch.setattr(planned, "make", make)
+    half = dataclasses.replace(digits, there=8, mesh={"data": 1, "fsdp": 4, "tensor": 1})
+    told = remedies.advice(made_up(half, 50), jax.devices(), None)
+    assert tried == [{"data": 2, "fsdp": 4, "tensor": 1}] and "--config.mesh.data=2" in told
+    assert remedies.busier(dataclasses.replace(half, there=31))["data"] == 4  # 64 images cannot be split over 28
+    assert remedies.busier(digits) == MESH
+
+
+def test_what_needs_less_memory_is_put_together_on_all_devices_there_are(digits):
+    """The last thing that is tried has all that helps, and is tried."""
+    half = dataclasses.replace(digits, there=8, mesh={"data": 1, "fsdp": 4, "tensor": 1})
+    changes = list(remedies.smaller(made_up(half, 200)))
+    assert len(changes) == remedies.TRIES
+    assert all(change["mesh.data"] * change["mesh.fsdp"] == 8 for change in changes)
+    assert {"encoder.remat", "decoder.remat", "accumulate"} <= set(changes[-1])
+
+
 def test_native_code_is_not_in_the_program(monkeypatch):
     """Also not for one device, where training uses it."""
     monkeypatch.setattr(native, "serves", lambda *_: native._wanted)
     config = configured("digits", "--config.encoder.depth=1", "--config.mesh.data=1")
     lowered, *_ = planned.lower(config, make_mesh(data=1), 100, 10, *parts_of(*models.build(config), config))
     assert "mae_linear" not in lowered.as_text()
+
+
+def by_hand(width, depth, patch):
+    """Parameters, and FLOPs of one image in a step, of an MAE with the paper's decoder (512 wide, 8 blocks) at 224 px.
+
+    A linear map of A to B is A * B numbers and B biases, and 2 * A * B FLOPs a token; attention is two products of
+    tokens by tokens. Encoder: a quarter of the patches and cls; decoder: all, but in its last block queries, MLP and
+    head of the hidden ones alone. Gradients are twice that, without those of the pixels.
+    """
+    patches, pixels, inner = (224 // patch) ** 2, patch * patch * 3, 512
+    visible = patches // 4
+    hidden, tokens = patches - visible, patches + 1
+    block = lambda d: 4 * (d * d + d) + (d * 4 * d + 4 * d) + (4 * d * d + d) + 2 * 2 * d  # noqa: E731
+    encoder = (pixels * width + width) + width + depth * block(width) + 2 * width
+    decoder = (width * inner + inner) + inner + 8 * block(inner) + 2 * inner + (inner * pixels + pixels)
+    whole = lambda n, d: 2 * n * 12 * d * d + 2 * 2 * n * n * d  # noqa: E731
+    last = 2 * tokens * 2 * inner * inner + 2 * hidden * 10 * inner * inner + 2 * 2 * hidden * tokens * inner
+    embedding = 2 * visible * pixels * width
+    forward = embedding + depth * whole(visible + 1, width) + 2 * (visible + 1) * width * inner
+    forward += 7 * whole(tokens, inner) + last + 2 * hidden * inner * pixels
+    return encoder, decoder, 3 * forward - embedding
+
+
+SIZES = {"vit_b16": (768, 12, 16), "vit_l16": (1024, 24, 16), "vit_h14": (1280, 32, 14)}
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_the_recipes_of_the_paper_counted_by_hand(recipe):
+    config = configured(recipe)
+    model, _ = models.build(config)
+    shapes = jax.eval_shape(lambda: models.init(model, config, jax.random.key(0)))
+    counts = [sum(x.size for x in jax.tree.leaves(shapes[part])) for part in ("encoder", "decoder")]
+    *parameters, flops = by_hand(*SIZES[recipe])
+    assert counts == parameters
+    assert planned.needed(model, config) == pytest.approx(flops, rel=0.001)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_of_vit_b_does_what_was_counted_by_hand():
+    needed, computed = planned.flops(configured("vit_b16"))
+    assert computed == pytest.approx(by_hand(*SIZES["vit_b16"])[2], rel=0.02) and computed >= needed
 
 
 @pytest.mark.slow

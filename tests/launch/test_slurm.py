@@ -116,8 +116,16 @@ def test_a_failure_for_good_is_reported_and_not_repeated(slurm, codes, code):
 
 
 def test_a_cancelled_job_stays_cancelled(slurm):
-    assert job(slurm, 143, state="COMPLETING").returncode == 143
+    done = job(slurm, 143, state="COMPLETING")
+    assert (done.returncode, done.stderr) == (143, "")
     assert not requeued(slurm)
+
+
+@pytest.mark.parametrize("tool", ["squeue", "scontrol"])
+def test_where_slurm_does_not_answer_it_is_said_what_to_do(slurm, tool):
+    slurm.add(tool, "sys.exit(1)")
+    done = job(slurm, 143)
+    assert done.returncode == 143 and "submit it once more" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("restarts, seconds, again", [("5", "0", False), ("4", "0", True), ("5", "700", True)])

@@ -10,7 +10,8 @@ SLICE = ("--name=mae", "--zone=us-east5-a", "--type=v6e-16")
 JOB = ("pretrain", "--config=configs/pretrain.py:vit_b16", "--workdir=gs://bucket/run")
 
 # `state` holds what `list` says of the queued resource, a line a call, the last one for ever; `vm` the same of a TPU VM
-# that was made without one; `created` what `create` puts there; `fail` the beginnings of calls that fail, once each.
+# that was made without one; `created` what `create` puts there, `created_N` the N-th time; `fail` the beginnings of
+# calls that fail, once each.
 GCLOUD = """
 import shutil
 path = lambda name: os.path.join(fake, name)
@@ -37,7 +38,9 @@ if verb == "list":
     print("".join(states[:1]))
     write(there, states[1:] or states) if states else None
 elif verb == "create":
-    write("state", lines("created"))
+    times = len(lines("creations")) + 1
+    write("creations", ["once"] * times)
+    write("state", lines(f"created_{times}") or lines("created"))
     for worker in "01":
         os.makedirs(path("homes/" + worker + "/.local/bin"))
         shutil.copy(path("bin/uv"), path("homes/" + worker + "/.local/bin/uv"))
@@ -233,6 +236,46 @@ def test_a_slice_that_cannot_be_had_back_at_once_is_waited_for(cloud):
     (cloud.root / "homes").mkdir()
     assert cloud.run(*SLICE, *JOB).returncode == 0
     assert cloud.verbs() == ["delete", "delete", *ONCE, "delete"]
+
+
+@pytest.mark.parametrize("states", ["PROVISIONING SUSPENDING SUSPENDED", "WAITING_FOR_RESOURCES ACTIVE SUSPENDED"])
+def test_a_slice_that_is_taken_away_while_it_is_made_or_copied_to_is_made_again(cloud, states):
+    """Twice: before it is ever there, or when the first copy to it fails."""
+    copied = "ACTIVE" in states
+    cloud.write("fail", "1 tpu-vm scp\n" * 2 * copied)
+    for time in (1, 2):
+        cloud.write(f"created_{time}", states.replace(" ", "\n"))
+    done = cloud.run(*SLICE, *JOB)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == [*["create", *["scp"] * copied, "delete"] * 2, *ONCE, "delete"]
+    assert cloud.jobs() == [list(JOB)]
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_until_it_is_had(cloud):
+    """Other than at the first time: a request that fails, or is refused, says nothing about zone and type any more."""
+    cloud.write("created_2", "FAILED\n")
+    done = cloud.run(*SLICE, *JOB, jobs="taken 0")
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == [*ONCE, "delete", "create", "delete", *ONCE, "delete"]
+
+
+def test_a_slice_that_is_not_listed_at_once_is_asked_for_once(cloud):
+    cloud.write("created", "\n\nACTIVE\n")
+    assert cloud.run(*SLICE, *JOB).returncode == 0
+    assert cloud.verbs() == [*ONCE, "delete"]
+    cloud.write("created", "\n")
+    done = cloud.run(*SLICE, *JOB)
+    assert done.returncode == 1 and "is not listed" in done.stderr
+    assert cloud.verbs() == [*ONCE, "delete", "create"]
+
+
+@pytest.mark.parametrize("code, failures, expected", [(3, 2, 3), (0, 3, 1)])
+def test_a_slice_that_cannot_be_deleted_is_tried_again_and_said_to_cost(cloud, code, failures, expected):
+    cloud.write("fail", "1 queued-resources delete\n" * failures)
+    done = cloud.run(*SLICE, *JOB, jobs=str(code))
+    assert done.returncode == expected
+    assert cloud.verbs() == [*ONCE, *["delete"] * 3]
+    assert ("mae is still there, at a cost" in done.stderr) == (failures == 3)
 
 
 def test_an_interrupted_job_is_resumed_on_the_same_slice(cloud):

@@ -34,6 +34,7 @@ def test_a_description():
     ("text", "words"),
     [
         ("h1000:8", "did you mean h100?"),
+        ("V5E:8", "did you mean v5e?"),
         ("h100:", "'' is not a number of devices"),
         ("h100:0", "'0' is not a number of devices"),
         ("h100:8:8", "'8:8' is not a number of devices"),

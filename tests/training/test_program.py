@@ -114,3 +114,33 @@ ENTRY %main (a: f32[8], b: bf16[4]) -> f32[4] {
         Collective("all-reduce", 8, pairs, 1),
         Collective("all-gather", 64, across, 1),
     )
+
+
+@pytest.mark.parametrize(
+    ("taken", "kind"),
+    [
+        ("dynamic-slice(%p, %i, %i), dynamic_slice_sizes={2,8}", "reduce-scatter"),
+        ("slice(%p), slice={[0:2], [0:8]}", "all-reduce"),  # the same on every device
+        ("dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}", "all-reduce"),  # not the share of one of four
+    ],
+)
+def test_a_slice_that_is_put_into_something_larger_is_all_that_is_kept(taken, kind):
+    """As gradients are whose arrays are put together to be computed with."""
+    rows = 1 if "{1,8}" in taken else 2
+    text = f"""
+%put (p: f32[8,8], i: s32[]) -> f32[{rows},24] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = f32[] constant(0)
+  %part = f32[{rows},8]{{1,0}} {taken}
+  ROOT %wide = f32[{rows},24]{{1,0}} pad(%part, %zero), padding=0_0x0_16
+}}
+
+ENTRY %main (a: f32[8,8], i: s32[]) -> f32[{rows},24] {{
+  %a = f32[8,8]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %sum = f32[8,8]{{1,0}} all-reduce(%a), replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  ROOT %out = f32[{rows},24]{{1,0}} fusion(%sum, %i), kind=kLoop, calls=%put
+}}
+"""
+    assert [(x.kind, x.bytes) for x in program.read(text, 4).collectives] == [(kind, 256)]
