@@ -114,7 +114,8 @@ def _run(argv: list[str]) -> int:
     with hosts.joined(flags):
         told = {f"config.{key}": value for key, value in config.flatten(settings).items()}
         versions = {f"the version of {name}": version(name) for name in ("mae_jax", "jax")}
-        hosts.agree({"the job": name, "--workdir": workdir} | told | versions)
+        given = {"the job": name, "--workdir": workdir, "--processes": flags.get("processes", "not given")}
+        hosts.agree(given | told | versions)
         job.run(settings, workdir)
     return 0
 

@@ -63,8 +63,9 @@ def library(source: Path, load: Callable, *options: str):
             os.replace(compiled, path)  # at once, so that nobody ever finds half of it
         return load(str(path))
     except Exception as error:  # of the file system, the compiler, or whatever loads
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
-        logging.warning("%s is not used, which is slower: %s", source.name, *reason or ["the compiler failed"])
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = [line for line in told if "error" in line] + told  # compilers begin with where they are
+        logging.warning("%s is not used, which is slower: %s", source.name, *reason[:1] or ["the compiler failed"])
         return None
 
 

@@ -161,6 +161,11 @@ def test_without_a_compiler_there_is_a_warning(command, source, kept, monkeypatc
     assert not kept.exists()
 
 
+def test_what_is_told_of_a_compiler_that_fails_is_its_error(source, compiler, caplog):
+    compiler(before='echo "In file included from there:" >&2\necho "there:7: error: no such thing" >&2\nexit 1')
+    assert warning_without(source, caplog).endswith("there:7: error: no such thing")
+
+
 def test_a_compiler_that_fails_leaves_nothing_behind(source, kept, compiler, caplog):
     compiler(before='echo half > "$to"\necho out of luck >&2\nexit 1')
     assert "out of luck" in warning_without(source, caplog)

@@ -16,6 +16,9 @@
 #include <immintrin.h>
 #endif
 
+// On processors with AVX512-FP16, of which Eigen would make use in code that does not compile. Nothing here is 16-bit.
+#undef __AVX512FP16__
+
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/kernels/stateless_random_ops.h"

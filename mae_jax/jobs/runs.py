@@ -25,7 +25,7 @@ from mae_jax.training import hosts, metrics, optim
 from mae_jax.training.checkpoint import CONFIG, Checkpoints, load_config, steps_in
 from mae_jax.training.guard import Guard
 from mae_jax.training.loop import Hook, State, all_of, create_state, fit, in_turn, make_train_step, total_steps
-from mae_jax.training.sharding import batch_sharding, make_mesh, place
+from mae_jax.training.sharding import batch_sharding, make_mesh, place, undivided
 
 # of the model, but nothing it learns depends on them
 FREE = tuple(f"{part}.{key}" for part in ("encoder", "decoder") for key in ("remat", "attention"))
@@ -123,6 +123,9 @@ class Run:
             self.writer.close()
             raise
         print(parameter_overview.get_parameter_overview(abstract.params, include_stats=False))
+        if whole := undivided(abstract.params, self.mesh):  # which costs the memory that the mesh is there to save
+            more = f" and {len(whole) - 1} more" * (len(whole) > 1)
+            print(f"note: whole on each device, as config.mesh does not divide their widths: {whole[0]}{more}")
         if self.checkpoints.latest_step is None:
             state = _begin_with(start or {}, new_state())
         else:

@@ -235,7 +235,8 @@ def _try_port(coordinator: str) -> None:
             listening.bind(("", int(coordinator.rpartition(":")[2])))
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"--coordinator={coordinator}: cannot listen there ({error}); use another port"
+                f"--coordinator={coordinator}: cannot listen there ({error}); use another port or, where process 0 "
+                "of the job is here already, another number for --process"
             ) from error
 
 

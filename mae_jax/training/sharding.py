@@ -177,13 +177,35 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     def kept(axis, n):
         return axis if axis and mesh.shape[axis] > 1 and n % mesh.shape[axis] == 0 else None
 
+    axes = [kept(axis, n) for axis, n in zip(_rule_for(path), shape, strict=False)]
+    while axes and axes[-1] is None:  # XLA's own spelling: for another one, jit would compile again
+        axes.pop()
+    return P(*axes)
+
+
+def _rule_for(path: str) -> P:
     for pattern, spec in RULES:
         if re.search(f"(^|/)({pattern})$", path):
-            axes = [kept(axis, n) for axis, n in zip(spec, shape, strict=False)]
-            while axes and axes[-1] is None:  # XLA's own spelling: for another one, jit would compile again
-                axes.pop()
-            return P(*axes)
+            return spec
     raise ValueError(f"no rule in training/sharding.py says how {path} lies on the mesh")
+
+
+def undivided(tree, mesh: Mesh) -> list[str]:
+    """What an axis of the mesh should split but does not divide, so that each device along it has the whole.
+
+    Args:
+      tree: as in `state_sharding`.
+
+    Returns:
+      A few words for each array and axis, such as "encoder/block_3/mlp/in/kernel (36, 144) by fsdp=8".
+    """
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for axis, n in zip(_rule_for(name), leaf.shape, strict=False):
+            if axis and n % mesh.shape[axis]:
+                found.append(f"{name} {leaf.shape} by {axis}={mesh.shape[axis]}")
+    return found
 
 
 def state_sharding(state, mesh: Mesh):

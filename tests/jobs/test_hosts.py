@@ -33,7 +33,7 @@ SMALL = (
 class Together:
     """`processes` of one job, started."""
 
-    def __init__(self, folder, compiled, processes, devices, arguments, alone=False, cwd=None):
+    def __init__(self, folder, compiled, processes, devices, arguments, alone=False, cwd=None, counted=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -43,7 +43,8 @@ class Together:
         self.processes = []
         self.logs = [folder / f"{port}_{i}.log" for i in range(processes)]
         for i, log in enumerate(self.logs):
-            flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
+            count = counted[i] if counted else processes
+            flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}"]
             flags += [f"--heartbeat={HEARTBEAT}"]
             own = arguments[i] if isinstance(arguments[0], tuple) else arguments
             command = [sys.executable, "-m", "mae_jax", own[0], *([] if alone else flags), *own[1:]]
@@ -278,6 +279,14 @@ def test_processes_that_differ_are_named(together, tmp_path):
     assert job.codes(120) == [2] * 4
     assert "config.seed: 1 on process 1, but 0 on process 0 and others" in job.told(0)
     assert "Traceback" not in job.told(1)
+
+
+@pytest.mark.slow
+def test_processes_that_were_told_of_other_numbers_of_them_are_named(together, tmp_path):
+    """The first one waits for as many as it was told of, and JAX asks no other."""
+    job = together(2, *pretrain(tmp_path / "run"), devices=1, counted=[2, 3])
+    assert job.codes(120) == [2, 2], job.told(0)
+    assert "--processes: 3 on process 1, but 2 on process 0" in job.told(0)
 
 
 @pytest.mark.slow

@@ -204,6 +204,23 @@ def test_only_parameters_and_gradients_are_sent(name):
     assert not found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [DIGITS, f"{DIGITS},crossmae"], ids=["self", "cross"])
+def test_rematerialising_either_part_changes_the_memory_of_a_step_and_not_its_loss(spec):
+    """As the compiled step of the whole recipe reports it, on a mesh."""
+    found, lost = {}, {}
+    for encoder, decoder in (("none", "none"), ("full", "none"), ("none", "full"), ("dots", "dots"), ("full", "full")):
+        remat = (f"--config.encoder.remat={encoder}", f"--config.decoder.remat={decoder}")
+        training = Training(spec, MESHES["data2-fsdp2-tensor2"], (*remat, "--config.decoder.depth=2"))
+        batch = next(training.batches())
+        compiled = training.step.lower(training.abstract, batch).compile()
+        found[encoder, decoder] = compiled.memory_analysis().temp_size_in_bytes
+        lost[encoder, decoder] = float(compiled(training.new_state(), batch)[1]["loss"])
+    assert found["full", "full"] < min(found["full", "none"], found["none", "full"], found["dots", "dots"])
+    assert max(found["full", "none"], found["none", "full"], found["dots", "dots"]) < found["none", "none"]
+    assert list(lost.values()) == pytest.approx([lost["none", "none"]] * len(lost), rel=1e-6)
+
+
 def pretraining(workdir, *arguments):
     small = ("--config.train.steps=20", "--config.data.split=train[:160]", "--config.data.held_out=test[:40]")
     small += ("--config.encoder.depth=1", "--config.data.batch_size=32", "--config.checkpoint.every=10")
@@ -229,6 +246,19 @@ def test_a_run_goes_on_on_another_mesh_and_in_other_parts(tmp_path, tools):
     for one, other in zip(*lines, strict=True):
         assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
     assert json.loads((parts / "summary.json").read_text())["device_count"] == 4
+
+
+@pytest.mark.slow
+def test_a_mesh_that_does_not_divide_the_widths_trains_the_same_and_says_so(tmp_path, tools, capsys):
+    batch = "--config.data.batch_size=36"
+    assert pretraining(tmp_path / "one", batch, *mesh_flags(ONE)) == 0
+    assert "note: whole" not in capsys.readouterr().out
+    assert pretraining(tmp_path / "three", batch, *mesh_flags({"data": 1, "fsdp": 3})) == 0
+    note = r"note: whole on each device, .*: decoder/block_0/attention/out/kernel \(\d+, \d+\) by fsdp=3 and \d+ more"
+    assert re.search(note, capsys.readouterr().out)
+    lines = [[line for line in tools.lines_of(tmp_path / run) if "train/loss" in line] for run in ("one", "three")]
+    for one, other in zip(*lines, strict=True):
+        assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
 
 
 @pytest.mark.slow

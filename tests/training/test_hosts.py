@@ -122,7 +122,8 @@ def test_a_port_that_is_taken(initialized):
         other.bind(("127.0.0.1", 0))
         other.listen()
         flags = {"coordinator": f"127.0.0.1:{other.getsockname()[1]}", "processes": "2", "process": "0"}
-        with pytest.raises(ConfigError, match="use another port"), hosts.joined(flags, {}):
+        told = r"use another port or, .*, another number for --process"
+        with pytest.raises(ConfigError, match=told), hosts.joined(flags, {}):
             pass
 
 

@@ -28,6 +28,7 @@ from mae_jax.training.sharding import (
     mesh_shape,
     spec_of,
     state_sharding,
+    undivided,
 )
 
 MESHES = [
@@ -119,6 +120,15 @@ def test_paths_end_in_a_rule_or_are_an_error():
 )
 def test_an_axis_that_does_not_divide_is_dropped(shape, spec):
     assert spec_of("mlp/in/kernel", shape, make_mesh(data=1, fsdp=4, tensor=2)) == spec
+
+
+def test_what_is_whole_although_it_should_be_split_is_named():
+    shapes = {"in": (6, 32), "out": (32, 6)}
+    mlp = {"mlp": {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}, "norm": jnp.zeros(3)}
+    assert undivided(mlp, make_mesh(data=1, fsdp=2, tensor=4)) == []
+    assert undivided(mlp, make_mesh(data=8)) == []
+    found = ["mlp/in/kernel (6, 32) by fsdp=4", "mlp/out/kernel (32, 6) by fsdp=4"]
+    assert undivided(mlp, make_mesh(data=1, fsdp=4, tensor=2)) == found
 
 
 def autoencoder_state(mesh, recipe="digits", **options):
