@@ -221,7 +221,7 @@ def digits() -> ConfigDict:
 
 OF_FASHION_MNIST = {"patch_size": 4, "width": 192, "depth": 4, "heads": 3}
 SMALL = {  # recipes with a variant from nothing, and the encoders of the pre-training recipes that they follow
-    "digits": {"patch_size": 2, "width": 64, "depth": 3, "heads": 2},
+    "digits": {"patch_size": 2, "width": 128, "depth": 3, "heads": 4},
     "fashion_mnist": OF_FASHION_MNIST,
     "fashion_mnist_10": OF_FASHION_MNIST,
     "fashion_mnist_60": OF_FASHION_MNIST,

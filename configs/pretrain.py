@@ -3,7 +3,7 @@
     mae-jax pretrain --config=configs/pretrain.py:NAME --workdir=DIR [--config.GROUP.KEY=VALUE ...]
 
 NAME          data                      model, target                    cost
-digits        scikit-learn, 8x8         64x3, patch 2, pixels            1 minute on 2 cores
+digits        scikit-learn, 8x8         128x3, patch 2, pixels           1 minute on 2 cores
 fashion_mnist TFDS, 28x28              192x4, patch 4, pixels           half an hour on 2 cores
 cifar10       TFDS, 32x32               192x12, patch 4, norm. pixels    one GPU
 folder        any tree of image files   ViT-S/16 at 224, norm. pixels    one GPU or more
@@ -198,17 +198,18 @@ def fashion_mnist() -> ConfigDict:
 def digits() -> ConfigDict:
     """The quickstart: 1438 handwritten digits of 8x8 pixels, 359 held out.
 
-    Measured, with seed 0 on two cores: eval/loss falls from 0.517 (step 300) to 0.326 (step 1496), 0.645 of
-    eval/baseline_loss 0.506; 4,000 images/s, 67 seconds in all, 16 of them until the first step.
+    Measured, with seed 0 on two cores: eval/loss falls from 0.501 (step 300) to 0.298 (step 1496), 0.589 of
+    eval/baseline_loss 0.506, and eval/knn rises from 65 % to 96 %; 5,100 images/s, 47 seconds in all. Twice the rate
+    does as well, but in bfloat16 it ends up to 4 % away, where this one stays within 1 to 3.
     """
     config = paper()
-    config.encoder.update(width=64, depth=3, heads=2, patch_size=2)
+    config.encoder.update(width=128, depth=3, heads=4, patch_size=2)
     config.decoder.update(width=64, depth=1, heads=2)
     config.data.update(source="digits", name="", held_out="test", image_size=(8, 8), channels=1, batch_size=128)
     config.data.update(augment="none", flip=False)
     config.pixels = {"mean": (0.3053,), "std": (0.3760,)}
     config.target.name = "pixels"
-    config.optim.update(base_learning_rate=8e-3, warmup_epochs=14.0)
+    config.optim.update(base_learning_rate=4e-3, warmup_epochs=14.0)
     config.train.epochs = 136.0  # of 11 steps
     config.log.every = 50
     config.eval = {"every": 300, "images": placeholder(int)}
