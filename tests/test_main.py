@@ -118,7 +118,7 @@ MISTAKES = {
         f"{DIGITS} --config.decoder.mask_tokens=encoder --config.decoder.depth=0 --config.encoder.positions=none",
         ["config.encoder.positions: none, so that nothing tells one hidden patch from another"],
     ),
-    "odd heads": (f"{DIGITS} --config.encoder.positions=rotary --config.encoder.heads=32", ["by 4, not 2"]),
+    "odd heads": (f"{DIGITS} --config.encoder.positions=rotary --config.encoder.heads=64", ["by 4, not 2"]),
     "a kernel for a bias": (
         f"{DIGITS} --config.encoder.positions=relative --config.encoder.attention=fused",
         ["config.encoder.attention: fused, but no kernel adds a bias"],

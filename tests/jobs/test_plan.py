@@ -74,18 +74,17 @@ def test_the_parts_of_memory_counted_by_hand(digits):
 
 def test_parameters_and_arithmetic_are_those_of_the_formulas(digits):
     """A block of width D: D * 3D, D * D, 2 * D * 4D, biases, two norms: 12 D^2 + 13 D; P * P values of a patch."""
-    d, p = 64, 2
-    block = 12 * d**2 + 13 * d
-    embedding, cls, norm = p * p * d + d, d, 2 * d
-    assert digits.parameters["encoder"] == block + embedding + cls + norm
-    assert digits.parameters["decoder"] == block + (d * d + d) + d + norm + (d * p * p + p * p)
+    e, d, p = 128, 64, 2  # widths of the encoder and the decoder
+    encoder_block, decoder_block = (12 * width**2 + 13 * width for width in (e, d))
+    assert digits.parameters["encoder"] == encoder_block + (p * p * e + e) + e + 2 * e  # embedding, cls, norm
+    assert digits.parameters["decoder"] == decoder_block + (e * d + d) + d + 2 * d + (d * p * p + p * p)
     assert digits.executed == pytest.approx(digits.needed, rel=0.05)  # 1.001 at the size of ViT-H
 
 
 def test_what_is_sent_is_parameters_gathered_and_gradients_reduced(digits):
     sent = {(x.kind, x.axes): x.bytes for x in digits.estimate.exchanges}
-    d, p, blocks = 64, 2, 2
-    kernels = 4 * (blocks * 12 * d * d + d * d + 2 * d * p * p)  # the decoder's embedding, the patches' and the head
+    e, d, p = 128, 64, 2  # widths of the encoder and the decoder, of one block each
+    kernels = 4 * (12 * (e * e + d * d) + e * d + (e + d) * p * p)  # the decoder's embedding, the patches' and the head
     assert sent["all-gather", ("fsdp",)] == kernels
     assert sent["reduce-scatter", ("fsdp",)] == kernels
     assert sent["all-reduce", ("data",)] == kernels / 4
