@@ -118,15 +118,13 @@ def panels_of(path, side, rows):
 
 def test_a_run_leaves_everything_that_was_promised(trained):
     assert {p.name for p in trained.iterdir()} == {
-        *(
-            "config.json",
-            "metrics.jsonl",
-            "saved.json",
-            "summary.json",
-            "reconstructions",
-            "checkpoints",
-            "tensorboard",
-        ),
+        "config.json",
+        "metrics.jsonl",
+        "saved.json",
+        "summary.json",
+        "reconstructions",
+        "checkpoints",
+        "tensorboard",
     }
     config = json.loads((trained / "config.json").read_text())
     assert config["train"]["steps"] == STEPS
